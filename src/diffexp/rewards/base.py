@@ -1,0 +1,69 @@
+"""What a reward is, and the check that everything a reward returns goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from diffexp.errors import UserError
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Maps images and their prompts to one number an image; higher is better.
+
+    ``images`` is (B, 3, H, W), float, in [0, 1]; ``prompts`` has B strings; the result is (B,), float32, on the
+    images' device. Where ``differentiable`` is true, gradients flow to ``images``; the reward's own weights are
+    frozen and in evaluation mode.
+    """
+
+    name: str
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Call ``reward`` on images (B, 3, H, W) and return its checked scores, (B,) float32.
+
+    Raises:
+        UserError: if the scores are not B finite numbers, or carry no gradient although the reward says that it is
+            differentiable and the images want one.
+    """
+    if len(images) != len(prompts):
+        raise UserError(f"reward {reward.name!r}: {len(images)} images came with {len(prompts)} prompts")
+    scores = checked(reward.name, reward(images, prompts), prompts)
+    wants_gradient = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
+    if wants_gradient and not scores.requires_grad:
+        raise UserError(
+            f"reward {reward.name!r} says differentiable = True but its scores carry no gradient to the images: "
+            "compute them with torch operations on the images, without detach(), no_grad() or item()"
+        )
+    return scores
+
+
+def checked(name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
+    """Turn what the reward ``name`` returned into a (B,) float32 tensor, or say what is wrong with it.
+
+    Raises:
+        UserError: naming the reward, what came back and, where one image is at fault, its prompt.
+    """
+    wanted = f"reward {name!r} must return {len(prompts)} finite numbers, one an image, as shape ({len(prompts)},)"
+    if not isinstance(scores, Tensor):
+        raise UserError(f"{wanted}: it returned {type(scores).__name__}")
+    if scores.shape != (len(prompts),):
+        raise UserError(f"{wanted}: it returned shape {tuple(scores.shape)} (first prompt: {_first(prompts)})")
+    if scores.is_complex():
+        raise UserError(f"{wanted}: it returned complex numbers ({scores.dtype})")
+    scores = scores.float()
+    if not scores.isfinite().all():
+        worst = int((~scores.isfinite()).nonzero()[0])
+        raise UserError(f"{wanted}: it returned {scores[worst].item()} for the prompt {prompts[worst]!r}")
+    return scores
+
+
+def _first(prompts: Sequence[str]) -> str:
+    return repr(prompts[0]) if prompts else "none"

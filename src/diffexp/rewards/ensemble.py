@@ -1,0 +1,142 @@
+"""Several rewards as one: each z-scored by its running mean and spread, then averaged by weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffexp.errors import UserError
+from diffexp.rewards.base import Reward, score
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Count, mean and sum of squared deviations of all scores seen so far; float64."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    deviations: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """The population standard deviation; 1 where there is no spread, so that a constant scores 0."""
+        std = math.sqrt(self.deviations / self.count) if self.count else 0.0
+        return std if std > 1e-6 else 1.0
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both sets of scores together (Chan et al. 1979); exact, whatever the order."""
+        count = self.count + other.count
+        if not count:
+            return self
+        delta = other.mean - self.mean
+        mean = self.mean + delta * other.count / count
+        deviations = self.deviations + other.deviations + delta**2 * self.count * other.count / count
+        return Statistics(count, mean, deviations)
+
+    @classmethod
+    def of(cls, scores: Tensor) -> Statistics:
+        """The statistics of scores (B,)."""
+        values = scores.detach().double().cpu()
+        if not len(values):
+            return cls()
+        mean = values.mean()
+        return cls(float(len(values)), float(mean), float((values - mean).square().sum()))
+
+
+class Ensemble:
+    """The weighted mean of z-scored rewards: sum(w z) / sum(|w|), z = (score - running mean) / running std.
+
+    Calling it never moves the statistics. They move when a ``with ensemble.observing():`` block ends, by every score
+    made inside it: once a training iteration, so that chunks and their order do not matter, and never in evaluation.
+    Before the first such block a batch is z-scored by itself. Differentiable if every member is; the statistics
+    count as constants.
+
+    Raises:
+        UserError: for no rewards, another number of weights, a weight of zero or not finite, or a name used twice.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float] | None = None, name: str = "") -> None:
+        weights = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+        names = [reward.name for reward in rewards]
+        if not rewards or len(weights) != len(rewards):
+            raise UserError(f"an ensemble needs a weight for each reward: got {len(rewards)} and {len(weights)}")
+        if not all(math.isfinite(weight) and weight != 0 for weight in weights):
+            raise UserError(f"an ensemble's weights are finite numbers other than 0: got {weights}")
+        if len(set(names)) != len(names):
+            raise UserError(f"an ensemble names each reward once: got {', '.join(names)}")
+        self.rewards = tuple(rewards)
+        self.weights = tuple(weights)
+        self.name = name or "+".join(names)
+        self.differentiable = all(reward.differentiable for reward in rewards)
+        self.statistics = {name: Statistics() for name in names}
+        self.frozen = False
+        self._observed: list[Tensor] | None = None
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] and B prompts to scores (B,)."""
+        scores = self.scores(images, prompts)
+        if self._observed is not None:
+            self._observed.append(scores.detach())
+        return self.combine(scores)
+
+    def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Every member's own scores, (B, R), in the members' order."""
+        return torch.stack([score(reward, images, prompts) for reward in self.rewards], dim=1)
+
+    def combine(self, scores: Tensor) -> Tensor:
+        """The members' scores (B, R) to the ensemble's (B,), by the statistics as they are."""
+        total = torch.zeros(len(scores), device=scores.device)
+        for column, weight, statistics in zip(scores.T, self.weights, self.statistics.values(), strict=True):
+            known = statistics if statistics.count else Statistics.of(column)
+            total = total + weight * (column - known.mean) / known.std
+        return total / sum(abs(weight) for weight in self.weights)
+
+    def observe(self, scores: Tensor) -> None:
+        """Move the statistics by the members' scores (B, R), unless they are frozen."""
+        if self.frozen:
+            return
+        for column, name in zip(scores.T, self.statistics, strict=True):
+            self.statistics[name] = self.statistics[name].merge(Statistics.of(column))
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Collect every score made inside the block, and move the statistics by them when it ends without error."""
+        self._observed = []
+        try:
+            yield
+            observed = self._observed
+        finally:
+            self._observed = None
+        if observed:
+            self.observe(torch.cat(observed))
+
+    def freeze(self) -> None:
+        """Keep the statistics as they are from now on."""
+        self.frozen = True
+
+    def state_dict(self) -> dict[str, float]:
+        """The statistics as plain numbers, for a checkpoint."""
+        state = {"frozen": float(self.frozen)}
+        for name, statistics in self.statistics.items():
+            state[f"{name}.count"] = statistics.count
+            state[f"{name}.mean"] = statistics.mean
+            state[f"{name}.deviations"] = statistics.deviations
+        return state
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore what ``state_dict`` gave.
+
+        Raises:
+            UserError: if the state is that of another ensemble.
+        """
+        if state.keys() != self.state_dict().keys():
+            raise UserError(f"the saved statistics are not those of the reward {self.name!r}: {', '.join(state)}")
+        self.frozen = bool(state["frozen"])
+        for name in self.statistics:
+            fields = (state[f"{name}.{field}"] for field in ("count", "mean", "deviations"))
+            self.statistics[name] = Statistics(*fields)

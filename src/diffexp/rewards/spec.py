@@ -1,0 +1,139 @@
+"""What a reward can be called, and how such a name is read. Needs no torch, so that a config is checked at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from diffexp.errors import UserError, unknown
+
+
+class Entry(NamedTuple):
+    """A shipped reward: one line about it, its constructor (called with the device), whether it has a gradient."""
+
+    description: str
+    constructor: str
+    differentiable: bool
+
+
+SHIPPED = {
+    "emoji-alignment": Entry(
+        "how well image and prompt match, by a CLIP of the emoji world", "diffexp.rewards.emoji:EmojiAlignment", True
+    ),
+    "emoji-aesthetic": Entry(
+        "how pleasing the image is to the emoji world's rater", "diffexp.rewards.emoji:EmojiAesthetic", True
+    ),
+    "emoji-judge": Entry(
+        "image and prompt judged by an independent model; for evaluation only", "diffexp.rewards.emoji:EmojiJudge", True
+    ),
+    "jpeg-compressibility": Entry(
+        "minus the kilobytes of the image as a JPEG of quality 95", "diffexp.rewards.jpeg:compressibility", False
+    ),
+    "jpeg-incompressibility": Entry(
+        "the kilobytes of the image as a JPEG of quality 95", "diffexp.rewards.jpeg:incompressibility", False
+    ),
+    "aesthetic": Entry(
+        "LAION's aesthetic predictor on CLIP ViT-L/14, about 1 to 10", "diffexp.rewards.aesthetic:load", True
+    ),
+    "pickscore": Entry(
+        "PickScore, human preference by CLIP ViT-H/14, about 20", "diffexp.rewards.clip:pickscore", True
+    ),
+    "hpsv2": Entry("HPSv2.1, human preference by CLIP ViT-H/14, about 0.28", "diffexp.rewards.hpsv2:load", True),
+    "imagereward": Entry(
+        "ImageReward, human preference by BLIP, about -2 to 2", "diffexp.rewards.imagereward:load", True
+    ),
+    "clipscore": Entry(
+        "100 x cosine of image and prompt by CLIP ViT-L/14, at least 0", "diffexp.rewards.clip:clipscore", True
+    ),
+}
+
+
+class Member(NamedTuple):
+    """One reward of a spec and its weight."""
+
+    name: str
+    weight: float
+
+
+def available() -> dict[str, str]:
+    """The shipped rewards: name to one line about it."""
+    return {name: entry.description for name, entry in SHIPPED.items()}
+
+
+def parse(spec: str) -> tuple[Member, ...]:
+    """Read a reward spec: ``"aesthetic"``, ``"file.py:function"``, or several joined as ``"2*hpsv2+aesthetic"``.
+
+    Raises:
+        UserError: for an empty part, a weight that is no finite number or zero, or a reward named twice.
+    """
+    members = tuple(_member(part.strip(), spec) for part in spec.split("+"))
+    names = [member.name for member in members]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"reward {spec!r} names {name!r} more than once: give it one weight, as in '2*{name}'")
+    return members
+
+
+def check_name(spec: str) -> None:
+    """Check everything about a reward spec that needs neither torch nor the reward's code.
+
+    Raises:
+        UserError: for an unknown name (with the closest known one), a missing file or module, or a malformed spec.
+    """
+    for member in parse(spec):
+        if ":" in member.name:
+            _check_custom(member.name)
+        elif member.name not in SHIPPED:
+            remedy = f"known: {', '.join(SHIPPED)}; or your own as 'file.py:function'"
+            raise unknown("reward", member.name, SHIPPED, remedy)
+
+
+def is_differentiable(spec: str) -> bool | None:
+    """Whether the reward has a gradient; None where only loading can tell (a custom function)."""
+    answers = [None if ":" in name else SHIPPED[name].differentiable for name, _ in parse(spec)]
+    if False in answers:
+        return False
+    return None if None in answers else True
+
+
+def split_custom(name: str) -> tuple[str, str]:
+    """Split ``"module:function"`` or ``"path/file.py:function"`` into its two halves.
+
+    Raises:
+        UserError: if a half is missing.
+    """
+    where, _, function = name.rpartition(":")
+    if not where.strip() or not function.strip() or where.startswith(("http:", "https:")):
+        raise UserError(f"reward {name!r} is no custom reward: write it as 'module:function' or 'file.py:function'")
+    return where.strip(), function.strip()
+
+
+def _member(part: str, spec: str) -> Member:
+    weight, star, name = part.rpartition("*")
+    name = name.strip()
+    if not name:
+        raise UserError(f"reward {spec!r} has an empty part: write rewards as 'name' or 'name+2*other'")
+    if not star:
+        return Member(name, 1.0)
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value == 0:
+        raise UserError(f"reward {spec!r} has the weight {weight.strip()!r}: a weight is a finite number other than 0")
+    return Member(name, value)
+
+
+def _check_custom(name: str) -> None:
+    where, _ = split_custom(name)
+    if where.endswith(".py"):
+        if not Path(where).is_file():
+            raise UserError(f"reward {name!r}: there is no file {where!r}")
+        return
+    package = where.partition(".")[0]
+    if not package.isidentifier() or importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"reward {name!r}: there is no module {package!r} to import; a file is named 'file.py:function'"
+        )
