@@ -1,0 +1,5 @@
+"""``python -m diffexp``."""
+
+from diffexp.cli import main
+
+main()

@@ -1,0 +1,128 @@
+"""Builds the objects of a run from its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from diffexp import models, prompts, rewards
+from diffexp.algorithms import DDPO, Algorithm, AlignProp
+from diffexp.algorithms.advantages import PromptAdvantages
+from diffexp.algorithms.base import Scorer
+from diffexp.config import AlignPropSettings, DDPOSettings, Recipe
+from diffexp.errors import UserError
+from diffexp.evaluation import Evaluator
+from diffexp.exploration import Exploration, StepGuidance, WordWeighting
+from diffexp.learner import Learner
+from diffexp.models import TextToImage, lora
+from diffexp.rewards.base import Reward
+from diffexp.rewards.spec import parse
+from diffexp.rollout import Sampler
+
+
+def device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: if this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device = {name!r}: not on this machine; take 'cpu' or 'auto'") from error
+    return torch.device(name)
+
+
+def model(recipe: Recipe) -> TextToImage:
+    """The frozen model, without an adapter."""
+    settings = recipe.model
+    where = str(device(recipe.device))
+    return models.load(settings.path, settings.precision, where, settings.revision, settings.variant)
+
+
+def add_lora(recipe: Recipe, to: TextToImage) -> None:
+    """The adapter that the recipe trains. It changes nothing yet."""
+    lora.add(to, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
+
+
+def sampler(recipe: Recipe, of: TextToImage) -> Sampler:
+    """DDIM with the recipe's steps, image size and eta."""
+    settings = recipe.sampler
+    return Sampler(of, of.schedule(settings.steps), of.latent_shape(settings.size), settings.eta)
+
+
+def exploration(recipe: Recipe, on: Sampler) -> Exploration:
+    """What the recipe explores with; a threshold given as a fraction becomes a timestep of the sampler."""
+    settings, high = recipe.exploration, recipe.sampler.guidance
+    schedule = None
+    if guidance := settings.guidance:
+        if guidance.fraction is not None:
+            schedule = StepGuidance.over_first(guidance.fraction, on.schedule.timesteps, guidance.low, high)
+        else:
+            schedule = StepGuidance(guidance.low, high, 900 if guidance.threshold is None else guidance.threshold)
+    words = WordWeighting(**settings.words.model_dump()) if settings.words else None
+    return Exploration(schedule, words, settings.until)
+
+
+def learner(recipe: Recipe, of: TextToImage) -> Learner:
+    """AdamW on the model's trainable parameters."""
+    return Learner(of.trainable(), **recipe.optimizer.model_dump())
+
+
+def ddpo(recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
+    statistics = PromptAdvantages(settings.buffer, settings.min_count) if settings.advantages == "prompt" else None
+    return DDPO(
+        sampler=on,
+        learner=optimiser,
+        reward=scorer,
+        clip=settings.clip,
+        advantage_clip=settings.advantage_clip,
+        inner_epochs=settings.inner_epochs,
+        minibatches=settings.minibatches,
+        advantages=statistics,
+        min_timestep=settings.min_timestep,
+        rollout_batch=recipe.rollout.batch,
+        update_batch=recipe.update.batch,
+    )
+
+
+def alignprop(
+    recipe: Recipe, settings: AlignPropSettings, on: Sampler, optimiser: Learner, scorer: Scorer
+) -> Algorithm:
+    return AlignProp(
+        sampler=on,
+        learner=optimiser,
+        reward=scorer,
+        truncation=settings.truncation,
+        last_steps=settings.last_steps or on.steps,
+        copies=settings.copies,
+        update_batch=recipe.update.batch,
+    )
+
+
+ALGORITHMS: dict[type, Callable[..., Algorithm]] = {DDPOSettings: ddpo, AlignPropSettings: alignprop}
+
+
+def algorithm(recipe: Recipe, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
+    """The recipe's algorithm, ready to step."""
+    on.model.checkpointing(recipe.update.checkpoint_unet, recipe.update.checkpoint_decoder)
+    return ALGORITHMS[type(recipe.algorithm)](recipe, recipe.algorithm, on, optimiser, scorer)
+
+
+def evaluator(recipe: Recipe, on: Sampler, known: dict[str, Reward] | None = None) -> Evaluator:
+    """What the reward curves are made of; rewards in ``known`` are not loaded again."""
+    sets = {name: prompts.load(name) for name in recipe.evaluation.prompts or (recipe.prompts,)}
+    names = recipe.evaluation.rewards or tuple(member.name for member in parse(recipe.reward))
+    where = on.model.device
+    return Evaluator(
+        on,
+        recipe.sampler.guidance,
+        sets,
+        {name: on.model.encode(texts) for name, texts in sets.items()},
+        {name: (known or {}).get(name) or rewards.load(name, where) for name in names},
+        recipe.evaluation.images,
+        recipe.rollout.batch,
+    )

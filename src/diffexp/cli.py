@@ -1,0 +1,183 @@
+"""The command line. Heavy libraries load only when a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffexp import __version__
+from diffexp.errors import UserError
+
+app = typer.Typer(
+    name="diffexp",
+    help="Fine-tune text-to-image diffusion models on a reward, with DiffExp's exploration.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.", metavar="RECIPE")]
+Target = Annotated[
+    str, typer.Argument(help='A run folder, a diffusers folder, a hub id, or "emoji".', metavar="RUN_OR_MODEL")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def version(value: bool) -> None:
+    if value:
+        typer.echo(f"diffexp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/RECIPE-sSEED.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a model as a recipe says. The same command again continues an unfinished run.
+
+    Example: diffexp train emoji-ddpo-diffexp --set iterations=20 --set seed=1 --out runs/first
+    """
+    from diffexp.commands import read_recipe
+
+    chosen = read_recipe(recipe, overrides)
+    folder = out or Path("runs") / f"{Path(recipe).stem}-s{chosen.seed}"
+    from diffexp.console import reporter
+    from diffexp.training import train
+
+    train(chosen, folder, reporter(quiet))
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    prompts: Annotated[list[str] | None, typer.Option(help="Prompt set; may be repeated.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="Reward; may be repeated.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 10,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run or a model: exploration off, the same noise every time.
+
+    Example: diffexp evaluate runs/first --prompts animal-activities-unseen --reward emoji-judge
+    """
+    from diffexp.commands import evaluate
+
+    evaluate(target, prompts, reward, images, overrides, as_json)
+
+
+@app.command()
+def sample(
+    target: Target,
+    prompt: Annotated[list[str], typer.Option(help="Text to paint; may be repeated.")],
+    out: Out,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images a prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Noise.")] = 0,
+    explore: Annotated[bool, typer.Option("--explore", help="Sample as training explores.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Paint images with a run's LoRA, or with a model as it is.
+
+    Example: diffexp sample runs/first --prompt "a dolphin riding a bike" --n 8 --out dolphins
+    """
+    from diffexp.commands import sample
+
+    sample(target, prompt, n, seed, explore, overrides, out)
+
+
+@app.command()
+def explore(
+    recipe: RecipeName,
+    prompt: Annotated[str, typer.Option(help="Text to paint.")],
+    out: Out,
+    n: Annotated[int, typer.Option("--n", "-n", min=2, help="Images for each way of sampling.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Noise.")] = 0,
+    overrides: Overrides = None,
+) -> None:
+    """Show what exploration does, as in the paper's Figure 3: grids, diversity and reward of each way of sampling.
+
+    Example: diffexp explore emoji-ddpo-diffexp --prompt "a dolphin riding a bike" --out exploration
+    """
+    from diffexp.commands import explore
+
+    explore(recipe, prompt, n, seed, overrides, out)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    out: Out,
+) -> None:
+    """Compare runs: curves over queries with the spread over seeds, queries to the baseline's reward, image grids.
+
+    Example: diffexp compare runs/ddpo-s0 runs/ddpo-s1 runs/diffexp-s0 runs/diffexp-s1 --out comparison
+    """
+    from diffexp.commands import compare
+
+    compare(runs, out)
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the shipped recipes. Example: diffexp recipes"""
+    from diffexp.toml import shipped
+
+    print_table(shipped())
+
+
+@app.command("prompts")
+def list_prompts() -> None:
+    """List the prompt sets. Example: diffexp prompts"""
+    from diffexp.prompts import available
+
+    print_table(available())
+
+
+@app.command("rewards")
+def list_rewards() -> None:
+    """List the rewards. Example: diffexp rewards"""
+    from diffexp.rewards import available
+
+    print_table(available())
+
+
+def print_table(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, description in rows.items():
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one clear line a mistake and exit code 2, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped: the same command again goes on from the newest checkpoint", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What the commands do once their arguments are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from diffexp import assembly, study
+from diffexp.config import Recipe
+from diffexp.diversity import pairwise_diversity
+from diffexp.errors import UserError
+from diffexp.evaluation import Score
+from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
+from diffexp.figures import image_grid
+from diffexp.models import lora
+from diffexp.records import CONFIG, grid, save_images, to_images
+from diffexp.rewards.base import score
+from diffexp.rollout import Batch, Sampler
+from diffexp.toml import parse_override, read_toml
+
+console = Console(soft_wrap=True)
+
+
+def read_recipe(name: str, overrides: Sequence[str] | None) -> Recipe:
+    """A recipe by name or file, with ``--set`` overrides."""
+    return Recipe.load(name, dict(parse_override(text) for text in overrides or ()))
+
+
+class Painter(NamedTuple):
+    """A model, perhaps with a run's LoRA, ready to sample as ``recipe`` says."""
+
+    recipe: Recipe
+    sampler: Sampler
+
+    def batch(self, prompts: Sequence[str], seed: int, n: int) -> Batch:
+        """``n`` images of each prompt, without exploration; the k-th of every prompt starts from the same noise."""
+        texts = self.sampler.model.encode(prompts).select([row for row in range(len(prompts)) for _ in range(n)])
+        keys = [(seed, "sample", k) for _ in prompts for k in range(n)]
+        scale = ConstantGuidance(self.recipe.sampler.guidance)
+        return Batch([prompt for prompt in prompts for _ in range(n)], texts, scale, keys)
+
+    def paint(self, batch: Batch) -> torch.Tensor:
+        """Images (B, 3, H, W) in [0, 1]."""
+        return self.sampler.rollout(batch, self.recipe.rollout.batch).images
+
+
+def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
+    """The model of a run folder with its LoRA, or a bare model under the default recipe."""
+    changes = dict(parse_override(text) for text in overrides or ())
+    config = Path(target) / CONFIG
+    if config.is_file():
+        recipe = Recipe.parse(read_toml(config), str(config), changes)
+        model = assembly.model(recipe)
+        lora.load(model, Path(target) / "lora" / lora.DIFFUSERS_FILE)
+    else:
+        recipe = Recipe.parse({"model": {"path": target}}, target, changes)
+        model = assembly.model(recipe)
+    return Painter(recipe, assembly.sampler(recipe, model))
+
+
+def evaluate(
+    target: str,
+    prompts: Sequence[str] | None,
+    rewards: Sequence[str] | None,
+    images: int,
+    overrides: Sequence[str] | None,
+    as_json: bool,
+) -> None:
+    """Prints the reward curves' next points."""
+    recipe, sampler = open_painter(target, overrides)
+    wanted = {"images": images, "prompts": prompts or None, "rewards": rewards or None}
+    settings = recipe.evaluation.model_dump() | {key: value for key, value in wanted.items() if value is not None}
+    recipe = Recipe.parse(recipe.model_dump(mode="json") | {"evaluation": settings}, "evaluate")
+    scores = assembly.evaluator(recipe, sampler)()
+    if as_json:
+        console.print_json(json.dumps([result._asdict() for result in scores]))
+    else:
+        console.print(score_table(scores))
+
+
+def score_table(scores: Sequence[Score]) -> Table:
+    table = Table("prompts", "reward", "mean", "std", "images")
+    for result in scores:
+        table.add_row(result.prompts, result.reward, f"{result.mean:.4f}", f"{result.std:.4f}", str(result.n))
+    return table
+
+
+def sample(
+    target: str,
+    prompts: Sequence[str],
+    n: int,
+    seed: int,
+    explore: bool,
+    overrides: Sequence[str] | None,
+    out: Path,
+) -> None:
+    """Writes the images, and one sheet of all of them."""
+    painter = open_painter(target, overrides)
+    batch = painter.batch(prompts, seed, n)
+    if explore:
+        exploration = assembly.exploration(painter.recipe, painter.sampler)
+        if not (exploration.guidance or exploration.words):
+            raise UserError(f"--explore: {target} explores nothing; --set exploration.guidance.low=1 would")
+        batch = batch.explored(exploration)
+    pictures = to_images(painter.paint(batch))
+    paths = save_images(pictures, out)
+    grid(pictures, columns=n if len(prompts) > 1 else None).save(out / "grid.png")
+    console.print(f"{len(paths)} images in {out}")
+
+
+def explore(name: str, prompt: str, n: int, seed: int, overrides: Sequence[str] | None, out: Path) -> None:
+    """Figure 3 and Eq. 8 in pictures and numbers."""
+    from diffexp import rewards
+
+    recipe = read_recipe(name, overrides)
+    model = assembly.model(recipe)
+    painter = Painter(recipe, assembly.sampler(recipe, model))
+    reward = rewards.load(recipe.reward, model.device)
+    plain = painter.batch([prompt], seed, n)
+    table = Table("sampling", "reward", "best", "spread", "diversity", title=f'"{prompt}"')
+    rows, labels, report = [], [], []
+    out.mkdir(parents=True, exist_ok=True)
+    for label, exploration in ways(recipe, painter.sampler).items():
+        images = painter.paint(plain.explored(exploration))
+        values = score(reward, images, plain.prompts)
+        diversity = pairwise_diversity(features(reward, images).numpy())
+        figures = (float(values.mean()), float(values.max()), float(values.std()), diversity)
+        table.add_row(label, *(f"{figure:.3f}" for figure in figures))
+        report.append(dict(zip(("sampling", "mean", "best", "std", "diversity"), (label, *figures), strict=True)))
+        pictures = to_images(images)
+        save_images(pictures, out / label.replace(" ", "-").replace("=", ""))
+        rows.append(pictures[: min(n, 8)])
+        labels.append(label)
+    image_grid(rows, labels).save(out / "exploration.png")
+    (out / "exploration.json").write_text(json.dumps({"prompt": prompt, "ways": report}, indent=1), encoding="utf-8")
+    console.print(table)
+    console.print(f"grids in {out}")
+
+
+def ways(recipe: Recipe, sampler: Sampler) -> dict[str, Exploration]:
+    """The ways of sampling that Figure 3 compares, and Eq. 8's."""
+    own, high = assembly.exploration(recipe, sampler), recipe.sampler.guidance
+    schedule: GuidanceSchedule = own.guidance or StepGuidance(1.0, high)
+    words = own.words or WordWeighting()
+    low = schedule(1000)
+    return {
+        f"constant w={high:g}": Exploration(ConstantGuidance(high)),
+        f"constant w={low:g}": Exploration(ConstantGuidance(low)),
+        f"scheduled {low:g} to {high:g}": Exploration(schedule),
+        "weighted words": Exploration(words=words),
+        "both": Exploration(schedule, words),
+    }
+
+
+def features(reward: object, images: torch.Tensor) -> torch.Tensor:
+    """What diversity is measured on, (B, D): the reward's image features where it has any, else small pictures."""
+    own = getattr(reward, "image_features", None)
+    with torch.no_grad():
+        return own(images) if own else torch.nn.functional.adaptive_avg_pool2d(images, 16).flatten(1)
+
+
+def compare(runs: Sequence[Path], out: Path) -> None:
+    """Statistics and figures over several runs."""
+    console.print(study.compare(runs, out).table())
+    console.print(f"curves, grids and numbers in {out}")

@@ -1,0 +1,303 @@
+"""What a run is: one tree of typed settings, read from a TOML file. The defaults are the paper's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from diffexp import prompts as prompt_sets
+from diffexp import rewards
+from diffexp.errors import UserError
+from diffexp.mistakes import mistakes
+from diffexp.toml import assign, read_toml, toml_lines
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+# The appendix of the paper, where the two algorithms differ: learning rate and guidance scale. AlignProp's gradient
+# norm is bounded by 5 in its own code.
+ALGORITHM_DEFAULTS: dict[str, dict[str, dict[str, float]]] = {
+    "ddpo": {"optimizer": {"learning_rate": 3e-4, "max_grad_norm": 1.0}, "sampler": {"guidance": 5.0}},
+    "alignprop": {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 5.0}, "sampler": {"guidance": 7.5}},
+}
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSettings(Settings):
+    path: str = "emoji"
+    """"emoji", a diffusers folder, or a hub id of a Stable Diffusion 1.x, 2.x or XL."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Such as "fp16": which weight files of the repository."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the frozen weights; the LoRA, latents and log-probabilities are always float32."""
+
+
+class LoraSettings(Settings):
+    rank: Positive = 4
+    """The rank of both baselines' code."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale: the adapter acts with alpha / rank. Default: the rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the network's layers that get an adapter."""
+
+
+class SamplerSettings(Settings):
+    steps: Positive = 50
+    """Denoising steps."""
+    guidance: Annotated[float, Field(ge=0)] = 5.0
+    """Classifier-free guidance scale of evaluation, of sampling without exploration, and w_h of Eq. 7."""
+    eta: Fraction = 1.0
+    """1: stochastic DDIM, as DDPO needs; 0: deterministic."""
+    size: tuple[Positive, Positive] | None = None
+    """Height and width in pixels; default: the model's own."""
+
+
+class GuidanceExploration(Settings):
+    low: Annotated[float, Field(ge=0)] = 1.0
+    """w_l of Eq. 7."""
+    threshold: Annotated[float, Field(ge=0, le=1000)] | None = 900
+    """t_thres of Eq. 7: the scale is low while t > threshold."""
+    fraction: Fraction | None = None
+    """Instead of the threshold: the scale is low in this fraction of the steps, the first ones."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def fraction_replaces_threshold(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("fraction") is not None:
+            if data.get("threshold") is not None:
+                raise ValueError("threshold and fraction are both set: leave one out")
+            return {**data, "threshold": None}
+        return data
+
+
+class WordExploration(Settings):
+    low: Annotated[float, Field(ge=0)] = 1.0
+    """w_prompt of Eq. 8 is drawn from U(low, high)."""
+    high: Annotated[float, Field(ge=0)] = 1.2
+    unit: Literal["word", "token"] = "word"
+    """Weight all tokens of a word, or single tokens."""
+
+    @model_validator(mode="after")
+    def ordered(self) -> WordExploration:
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}: exchange them")
+        return self
+
+
+class ExplorationSettings(Settings):
+    until: Fraction = 0.75
+    """The fraction of all iterations that explores."""
+    guidance: GuidanceExploration | None = None
+    """Dynamic scheduling of the guidance scale (Eq. 7); absent: off."""
+    words: WordExploration | None = None
+    """Random prompt weighting (Eq. 8); absent: off."""
+
+
+class DDPOSettings(Settings):
+    name: Literal["ddpo"] = "ddpo"
+    clip: Annotated[float, Field(gt=0)] = 1e-4
+    """Clip range of the importance ratio."""
+    inner_epochs: Positive = 1
+    """Passes over each iteration's samples."""
+    minibatches: Positive = 2
+    """Optimiser steps in each pass."""
+    advantages: Literal["prompt", "batch"] = "prompt"
+    """Normalise rewards by the prompt's own past rewards, or within the iteration."""
+    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    buffer: Positive = 32
+    """Rewards remembered of each prompt."""
+    min_count: Positive = 16
+    """Rewards a prompt needs before its own statistics count."""
+    min_timestep: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Leave steps at t below this out of the loss (not in the paper)."""
+
+
+class AlignPropSettings(Settings):
+    name: Literal["alignprop"] = "alignprop"
+    truncation: Literal["random", "fixed", "each-step"] = "random"
+    """K drawn once an iteration, K fixed (DRaFT), or the original code's draw at every step."""
+    last_steps: Positive | None = None
+    """K of the fixed truncation, and the largest K of the random one; default: all steps."""
+    copies: Positive = 1
+    """DRaFT-LV: repeat the last step from this many noised copies (needs last_steps = 1)."""
+
+    @model_validator(mode="after")
+    def low_variance(self) -> AlignPropSettings:
+        if self.copies > 1 and not (self.truncation == "fixed" and self.last_steps == 1):
+            raise ValueError("copies > 1 (DRaFT-LV) needs truncation = 'fixed' and last_steps = 1")
+        return self
+
+
+class OptimizerSettings(Settings):
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class RolloutSettings(Settings):
+    batch: Positive = 8
+    """Images sampled at once: memory only."""
+    images_per_prompt: Positive = 1
+    """Images of one iteration that share a prompt."""
+
+
+class UpdateSettings(Settings):
+    batch: Positive = 4
+    """Images in one backward pass: memory only."""
+    checkpoint_unet: bool = False
+    """Recompute the network's blocks in the backward pass: less memory, more time."""
+    checkpoint_decoder: bool = False
+    """The same for the VAE's decoder."""
+
+
+class EvaluationSettings(Settings):
+    every: Positive = 10
+    """Iterations from one evaluation to the next; the first is before training, the last after it."""
+    prompts: tuple[str, ...] | None = None
+    """Prompt sets; default: the training prompts."""
+    rewards: tuple[str, ...] | None = None
+    """Rewards; default: the training reward."""
+    images: Positive = 10
+    """Images of each prompt, from the same noise every time."""
+
+
+class PreviewSettings(Settings):
+    every: Positive = 10
+    images: Annotated[int, Field(ge=0)] = 8
+    """Images painted from fixed noise, of prompts spread over the training set."""
+
+
+class CheckpointSettings(Settings):
+    every: Positive = 10
+    keep_last: Positive = 2
+
+
+class Recipe(Settings):
+    """A whole run. Its sections are the classes above."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    iterations: Positive = 100
+    samples: Positive = 64
+    """Images an iteration."""
+    prompts: str = "animals"
+    """A prompt set, a .txt or .jsonl file, or "text:one prompt"."""
+    reward: str = "emoji-alignment"
+    """A reward's name, "module:function", "file.py:function", or a sum such as "2*hpsv2+aesthetic"."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator where there is one."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl; tensorboard only where it is installed."""
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    exploration: ExplorationSettings = ExplorationSettings()
+    algorithm: Annotated[DDPOSettings | AlignPropSettings, Field(discriminator="name")] = DDPOSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    rollout: RolloutSettings = RolloutSettings()
+    update: UpdateSettings = UpdateSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    preview: PreviewSettings = PreviewSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def algorithm_defaults(cls, data: Any) -> Any:
+        """Fills in what depends on the algorithm, and its name where only its settings are given."""
+        if not isinstance(data, dict):
+            return data
+        algorithm = data.get("algorithm", {})
+        if not isinstance(algorithm, Mapping):
+            return data
+        algorithm = {"name": "ddpo", **algorithm}
+        filled = {**data, "algorithm": algorithm}
+        for section, values in ALGORITHM_DEFAULTS.get(str(algorithm["name"]), {}).items():
+            given = data.get(section, {})
+            if isinstance(given, Mapping):
+                filled[section] = {**values, **given}
+        return filled
+
+    @field_validator("reward")
+    @classmethod
+    def known_reward(cls, value: str) -> str:
+        rewards.check_name(value)
+        return value
+
+    @field_validator("prompts")
+    @classmethod
+    def known_prompts(cls, value: str) -> str:
+        prompt_sets.check(value)
+        return value
+
+    @model_validator(mode="after")
+    def consistent(self) -> Recipe:
+        problems = list(self.problems())
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def problems(self) -> Iterable[str]:
+        """What no single setting shows."""
+        steps, algorithm, guidance = self.sampler.steps, self.algorithm, self.exploration.guidance
+        if guidance and guidance.low > self.sampler.guidance:
+            yield (
+                f"exploration.guidance.low = {guidance.low} is above sampler.guidance = {self.sampler.guidance}: "
+                "exploration starts low (Eq. 7)"
+            )
+        if isinstance(algorithm, AlignPropSettings):
+            if (algorithm.last_steps or 1) > steps:
+                yield f"algorithm.last_steps = {algorithm.last_steps} is above sampler.steps = {steps}: at most {steps}"
+            if rewards.is_differentiable(self.reward) is False:
+                yield f"reward = {self.reward!r} has no gradient, which alignprop needs: take ddpo, or another reward"
+        elif self.sampler.eta == 0:
+            yield "sampler.eta = 0 is deterministic, and ddpo needs a density: take eta = 1"
+        if self.samples % self.rollout.images_per_prompt:
+            yield (
+                f"samples = {self.samples} is no multiple of rollout.images_per_prompt = "
+                f"{self.rollout.images_per_prompt}"
+            )
+        for name in self.evaluation.prompts or ():
+            yield from complaint("evaluation.prompts", prompt_sets.check, name)
+        for name in self.evaluation.rewards or ():
+            yield from complaint("evaluation.rewards", rewards.check_name, name)
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe in a TOML file, or the shipped one of that name, with ``{"section.key": value}`` overrides.
+
+        Raises:
+            UserError: with a line for every mistake in it.
+        """
+        return cls.parse(read_toml(source), str(source), overrides)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], source: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """A recipe from nested tables; ``source`` is what error messages call it."""
+        merged = copy.deepcopy(dict(data))
+        for key, value in (overrides or {}).items():
+            assign(merged, key, value)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError:
+            raise UserError("\n".join(f"{source}: {line}" for line in mistakes(cls, merged))) from None
+
+    def to_toml(self) -> str:
+        """The whole recipe, with every default written out."""
+        return "\n".join(toml_lines(self.model_dump(mode="json"))) + "\n"
+
+
+def complaint(what: str, check: Callable[[str], None], name: str) -> Iterable[str]:
+    """What ``check`` says against a name, if anything."""
+    try:
+        check(name)
+    except UserError as error:
+        yield f"{what}: {error}"

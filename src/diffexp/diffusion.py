@@ -1,0 +1,80 @@
+"""The denoising transition p(x_{t-1} | x_t, c) of DDIM, with its log-probability. Tensors only."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+class Transition(NamedTuple):
+    """p(x_{t-1} | x_t, c) = N(mean, std² I), Eq. 3. ``std`` is 0 where the step is deterministic."""
+
+    mean: Float[Tensor, "B C H W"]
+    std: float
+
+    def sample(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """x_{t-1}, from standard normal ``noise``."""
+        return self.mean + self.std * noise
+
+    def log_prob(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+        """log p(x | x_t, c) averaged over C·H·W, float32.
+
+        The average, not the sum, as in the original DDPO code: the clip range of 1e-4 is meant for it.
+
+        Raises:
+            ValueError: if the step is deterministic (``std`` = 0) and has no density.
+        """
+        if self.std == 0:
+            raise ValueError("a deterministic step has no log-probability: use eta > 0")
+        z = (x.float() - self.mean.float()) / self.std
+        return (-0.5 * z**2 - math.log(self.std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+
+
+class NoiseSchedule(NamedTuple):
+    """The steps of a sampler: step i goes from timestep t[i], with signal ᾱ_t = alpha_bar[i], to alpha_bar_prev[i]."""
+
+    timesteps: tuple[int, ...]
+    alpha_bar: tuple[float, ...]
+    alpha_bar_prev: tuple[float, ...]
+    prediction_type: PredictionType = "epsilon"
+
+    def std(self, i: int, eta: float) -> float:
+        """σ_t of step i: η √((1−ᾱ_prev)/(1−ᾱ_t)) √(1 − ᾱ_t/ᾱ_prev). Song et al. 2021 (DDIM), Eq. 16."""
+        a, a_prev = self.alpha_bar[i], self.alpha_bar_prev[i]
+        return eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(max(1 - a / a_prev, 0.0))
+
+    def noised(
+        self, x_0: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], i: int
+    ) -> Float[Tensor, "B C H W"]:
+        """x_t of step i from a clean latent: the forward process √ᾱ_t x_0 + √(1−ᾱ_t) ε."""
+        a = self.alpha_bar[i]
+        return math.sqrt(a) * x_0 + math.sqrt(1 - a) * noise
+
+
+def ddim(
+    schedule: NoiseSchedule, i: int, x_t: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], eta: float
+) -> Transition:
+    """The transition of step ``i``, given the network's ``output`` at ``x_t``.
+
+    x_{t-1} = √ᾱ_prev x̂_0 + √(1 − ᾱ_prev − σ_t²) ε̂ + σ_t z (Song et al. 2021, Eq. 12); η = 1 is the stochastic sampler
+    that DDPO needs, η = 0 the deterministic one.
+    """
+    a, a_prev, std = schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std(i, eta)
+    x_0, noise = denoised(schedule.prediction_type, a, x_t, output)
+    mean = math.sqrt(a_prev) * x_0 + math.sqrt(max(1 - a_prev - std**2, 0.0)) * noise
+    return Transition(mean, std)
+
+
+def denoised(prediction_type: PredictionType, a: float, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """(x̂_0, ε̂) out of what the network predicts, with a = ᾱ_t. v-prediction: Salimans and Ho 2022, appendix D."""
+    s, n = math.sqrt(a), math.sqrt(1 - a)
+    if prediction_type == "epsilon":
+        return (x_t - n * output) / s, output
+    if prediction_type == "v_prediction":
+        return s * x_t - n * output, s * output + n * x_t
+    return output, (x_t - s * output) / n

@@ -1,0 +1,63 @@
+"""Reward curves: what the model as it stands earns, on fixed prompts and noise, without exploration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from diffexp.exploration import ConstantGuidance
+from diffexp.rewards.base import Reward, score
+from diffexp.rollout import Batch, Sampler
+from diffexp.text import TextEmbedding
+
+EVALUATION_SEED = 0  # the same for all runs, so that their curves are paired
+
+
+class Score(NamedTuple):
+    """The rewards of one evaluated prompt set: their mean and standard deviation over n images."""
+
+    prompts: str
+    reward: str
+    mean: float
+    std: float
+    n: int
+
+
+class Evaluator(NamedTuple):
+    """Samples ``images`` images of every prompt at a constant guidance ``scale``, the same noise every time."""
+
+    sampler: Sampler
+    scale: float
+    prompts: Mapping[str, Sequence[str]]  # set name → prompts
+    texts: Mapping[str, TextEmbedding]
+    rewards: Mapping[str, Reward]
+    images: int = 10
+    batch: int = 8
+
+    def __call__(self) -> list[Score]:
+        """One score for each prompt set and reward."""
+        return [score for name in self.prompts for score in self.scores(name)]
+
+    def scores(self, name: str) -> Iterator[Score]:
+        """The scores of one prompt set, under every reward."""
+        values: dict[str, list[torch.Tensor]] = {reward: [] for reward in self.rewards}
+        for chunk in self.task(name).chunks(self.batch):
+            images = self.sampler.rollout(chunk, self.batch).images
+            for reward, function in self.rewards.items():
+                with torch.no_grad():
+                    values[reward].append(score(function, images, chunk.prompts))
+        for reward, chunks in values.items():
+            rewards = torch.cat(chunks).double()
+            yield Score(name, reward, float(rewards.mean()), float(rewards.std(correction=0)), len(rewards))
+
+    def task(self, name: str) -> Batch:
+        """All images of a prompt set, in one batch."""
+        rows = [row for row in range(len(self.prompts[name])) for _ in range(self.images)]
+        return Batch(
+            [self.prompts[name][row] for row in rows],
+            self.texts[name].select(rows),
+            ConstantGuidance(self.scale),
+            [(EVALUATION_SEED, "evaluation", row, k % self.images) for k, row in enumerate(rows)],
+        )

@@ -1,0 +1,78 @@
+"""Says what is wrong with a recipe: every mistake at once, each in one line with its key, its value and the remedy."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from diffexp.errors import closest
+
+
+def mistakes(schema: type[BaseModel], data: Mapping[str, Any]) -> list[str]:
+    """A line for every mistake in ``data``. What is found is taken out and the rest read again until all is well."""
+    lines: list[str] = []
+    remaining = copy.deepcopy(dict(data))
+    while True:
+        try:
+            schema.model_validate(remaining)
+        except ValidationError as error:
+            found = error.errors()
+            lines += [line for item in found for line in explain(schema, item) if line not in lines]
+            if not any([remove(remaining, keys(schema, item)) for item in found]):
+                return lines
+        else:
+            return lines
+
+
+def keys(schema: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
+    """The key of the recipe that an error is about. In a union, pydantic names the member: that is no key."""
+    found: list[str] = []
+    for part in item["loc"]:
+        options = sections(schema, found)
+        if isinstance(part, str) and not (len(options) > 1 and any(part in tag(option) for option in options)):
+            found.append(part)
+    return found
+
+
+def explain(schema: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
+    """The lines for one of pydantic's errors."""
+    path = keys(schema, item)
+    key, kind = ".".join(path), item["type"]
+    if kind == "extra_forbidden":
+        options = sections(schema, path[:-1])
+        fitting = [option for option in options if set(tag(option)) & set(item["loc"])] or options
+        known = sorted({name for option in fitting for name in option.model_fields})
+        guess = closest(path[-1], known)
+        return [f"unknown key {key!r}: " + (f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}")]
+    if kind == "value_error":
+        return [f"{key}: {line}" if key else line for line in str(item["ctx"]["error"]).splitlines()]
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return [f"{key} = {json.dumps(item['input'], default=str)}: {message}"]
+
+
+def sections(schema: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+    """The settings classes that a section of the recipe may be: several where it is a union, none for a value."""
+    found = [schema]
+    for key in path:
+        annotations = [option.model_fields[key].annotation for option in found if key in option.model_fields]
+        members = [member for annotation in annotations for member in (annotation, *get_args(annotation))]
+        found = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+    return found
+
+
+def tag(option: type[BaseModel]) -> tuple[str, ...]:
+    """The names under which a union knows its member."""
+    return get_args(option.model_fields["name"].annotation) if "name" in option.model_fields else ()
+
+
+def remove(data: dict[str, Any], path: list[str]) -> bool:
+    """Takes a key out of nested tables; false if it is not there."""
+    for key in path[:-1]:
+        data = data.get(key, {})
+        if not isinstance(data, dict):
+            return False
+    return bool(path) and data.pop(path[-1], None) is not None

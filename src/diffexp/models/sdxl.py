@@ -1,0 +1,68 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the image size as a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffexp.models.base import Source, TextToImage
+from diffexp.models.tokens import tokenize
+from diffexp.text import TextEmbedding
+
+
+class StableDiffusionXL(TextToImage):
+    """Podell et al. 2023. Eq. 8's word is weighted in both encoders' hidden states; the pooled embedding stays.
+
+    ``zero_uncond`` is the pipeline's ``force_zeros_for_empty_prompt``: zeros, instead of the embedding of the empty text,
+    for the unconditional prediction.
+    """
+
+    kohya_text_encoders = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        noise_schedule: DDIMScheduler,
+        source: Source,
+        tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
+        text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+        zero_uncond: bool = True,
+    ) -> None:
+        super().__init__(unet, vae, noise_schedule, source)
+        self.tokenizers, self.zero_uncond = tokenizers, zero_uncond
+        self.encoders = tuple(encoder.eval().requires_grad_(False) for encoder in text_encoders)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        texts, states = ["", *prompts], []
+        words = tokenize(self.tokenizers[0], texts)[1]
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            ids = torch.tensor(tokenize(tokenizer, texts)[0], device=self.device)
+            encoded = encoder(ids, output_hidden_states=True)
+            states.append(encoded.hidden_states[-2].float())
+        hidden, pooled = torch.cat(states, dim=-1), encoded.text_embeds.float()
+        uncond, uncond_pooled = hidden[0], pooled[0]
+        if self.zero_uncond:
+            uncond, uncond_pooled = torch.zeros_like(uncond), torch.zeros_like(uncond_pooled)
+        return TextEmbedding(hidden[1:], words[1:], hidden[0], uncond, pooled[1:], uncond_pooled)
+
+    def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
+        if pooled is None:
+            raise ValueError("SDXL needs the pooled text embedding")
+        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = x.shape[-2] * scale, x.shape[-1] * scale
+        # original size, crop corner, target size: an uncropped image of the size that is made
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
+        added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids.expand(len(x), -1)}
+        timestep = torch.tensor(t, device=self.device)
+        return self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), added_cond_kwargs=added, return_dict=False)[
+            0
+        ].float()
+
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        return dict(zip(self.kohya_text_encoders, self.encoders, strict=True))

@@ -1,0 +1,45 @@
+"""Stable Diffusion 1.x and 2.x, and every pipeline of their class: the embedded emoji model too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffexp.models.base import Source, TextToImage
+from diffexp.models.tokens import tokenize
+from diffexp.text import TextEmbedding
+
+
+class StableDiffusion(TextToImage):
+    """One CLIP text encoder whose last hidden states condition the network."""
+
+    kohya_text_encoders = {"text_encoder": "lora_te"}
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        noise_schedule: DDIMScheduler,
+        source: Source,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+    ) -> None:
+        super().__init__(unet, vae, noise_schedule, source)
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+        ids, words = tokenize(self.tokenizer, ["", *prompts])
+        hidden = self.text_encoder(torch.tensor(ids, device=self.device)).last_hidden_state.float()
+        return TextEmbedding(hidden[1:], words[1:], null_hidden=hidden[0], uncond_hidden=hidden[0])
+
+    def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
+        timestep = torch.tensor(t, device=self.device)
+        return self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0].float()
+
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        return {"text_encoder": self.text_encoder}

@@ -1,0 +1,48 @@
+"""What conditions the denoising network: the embedded prompts, and where their words are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Words = list[tuple[int, ...]]  # one prompt's words, each as the positions of its tokens
+
+
+class TextEmbedding(NamedTuple):
+    """A batch of embedded prompts.
+
+    ``hidden`` is what the network attends to (for SDXL both encoders' states, side by side in D) and ``pooled`` SDXL's
+    additional vector. ``words[b]`` lists the token positions of each word of prompt b, without BOS, EOS and padding.
+    ``null_hidden`` embeds the empty text: c_null of Eq. 8. ``uncond_*`` condition the unconditional prediction of
+    Eq. 4: the same as ``null_hidden``, but zeros for an SDXL that was trained so.
+    """
+
+    hidden: Float[Tensor, "B L D"]
+    words: list[Words]
+    null_hidden: Float[Tensor, "L D"]
+    uncond_hidden: Float[Tensor, "L D"]
+    pooled: Float[Tensor, "B P"] | None = None
+    uncond_pooled: Float[Tensor, " P"] | None = None
+
+    def select(self, rows: Sequence[int]) -> TextEmbedding:
+        """The embedding of some of the prompts, in the order of ``rows`` (repetitions allowed)."""
+        index = torch.as_tensor(rows, device=self.hidden.device)
+        return self._replace(
+            hidden=self.hidden[index],
+            words=[self.words[row] for row in rows],
+            pooled=None if self.pooled is None else self.pooled[index],
+        )
+
+
+def concatenate(texts: Sequence[TextEmbedding]) -> TextEmbedding:
+    """One batch out of several that share their null embedding."""
+    first = texts[0]
+    return first._replace(
+        hidden=torch.cat([text.hidden for text in texts]),
+        words=[words for text in texts for words in text.words],
+        pooled=None if first.pooled is None else torch.cat([text.pooled for text in texts if text.pooled is not None]),
+    )

@@ -1,0 +1,227 @@
+"""The training loop, and what it leaves in a run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffexp import __version__, assembly, checkpoint, prompts, rewards
+from diffexp.config import Recipe
+from diffexp.errors import UserError
+from diffexp.exploration import ConstantGuidance
+from diffexp.models import lora
+from diffexp.randomness import generator
+from diffexp.records import CONFIG, EVALUATIONS, METRICS, JsonLines, grid, save_images, to_images
+from diffexp.reporter import Reporter
+from diffexp.rewards.base import score
+from diffexp.rewards.ensemble import Ensemble
+from diffexp.rollout import Batch
+from diffexp.tracking import Trackers
+
+
+class Training:
+    """One run: a recipe, and the folder that it fills. ``run`` does all of it; ``step`` is one iteration."""
+
+    def __init__(self, recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> None:
+        self.recipe, self.folder, self.reporter = recipe, folder, reporter or Reporter()
+        self.prompts = prompts.load(recipe.prompts)
+        self.model = assembly.model(recipe)
+        self.texts = self.model.encode(self.prompts)
+        self.sampler = assembly.sampler(recipe, self.model)
+        self.exploration = assembly.exploration(recipe, self.sampler)
+        self.reward = rewards.load(recipe.reward, self.model.device)
+        self.evaluate = assembly.evaluator(recipe, self.sampler, {recipe.reward: self.reward})
+        assembly.add_lora(recipe, self.model)
+        self.learner = assembly.learner(recipe, self.model)
+        self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score)
+        self.iteration = self.queries = 0
+
+    def run(self) -> Path:
+        """Trains to the end, from the newest checkpoint if there is one; returns the run folder."""
+        self.open_folder()
+        self.reporter.started(self.recipe, self.folder, self.iteration)
+        with Trackers(self.recipe, self.folder) as self.trackers:
+            if self.iteration == 0:
+                self.observe()
+            while self.iteration < self.recipe.iterations:
+                self.step()
+                self.observe()
+                if self.due(self.recipe.checkpoint.every):
+                    self.save()
+        self.reporter.finished(self.folder)
+        return self.folder
+
+    def step(self) -> None:
+        """One iteration: sample with exploration, score, update, and a line in ``metrics.jsonl``."""
+        start, iteration = time.perf_counter(), self.iteration + 1
+        try:
+            if isinstance(self.reward, Ensemble):
+                with self.reward.observing():
+                    metrics = self.algorithm.step(self.batch(iteration))
+            else:
+                metrics = self.algorithm.step(self.batch(iteration))
+        except UserError as error:
+            raise UserError(f"iteration {iteration}: {error}") from error
+        self.iteration = iteration
+        self.queries += int(metrics.pop("queries"))
+        seconds = time.perf_counter() - start
+        record = {"iteration": iteration, "queries": self.queries, **metrics, "seconds": round(seconds, 3)}
+        self.metrics.append(record)
+        self.trackers.log({f"train/{key}": value for key, value in record.items() if key != "iteration"}, iteration)
+        self.reporter.stepped(record)
+
+    def batch(self, iteration: int) -> Batch:
+        """What an iteration samples: random prompts, explored while exploration is active."""
+        seed, group = self.recipe.seed, self.recipe.rollout.images_per_prompt
+        rows = [
+            int(torch.randint(len(self.prompts), (), generator=generator(seed, iteration, k // group, "prompt")))
+            for k in range(self.recipe.samples)
+        ]
+        keys = [(seed, iteration, k) for k in range(self.recipe.samples)]
+        plain = ConstantGuidance(self.recipe.sampler.guidance)
+        batch = Batch([self.prompts[row] for row in rows], self.texts.select(rows), plain, keys)
+        explores = self.exploration.active(iteration, self.recipe.iterations)
+        return batch.explored(self.exploration) if explores else batch
+
+    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """The training reward, checked."""
+        return score(self.reward, images, texts)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many iterations, and at both ends, happens now."""
+        return self.iteration % every == 0 or self.iteration == self.recipe.iterations
+
+    def observe(self) -> None:
+        """Evaluates and paints previews where they are due."""
+        if self.due(self.recipe.evaluation.every):
+            self.reporter.evaluating(self.iteration)
+            for result in self.evaluate():
+                record = {"iteration": self.iteration, "queries": self.queries, **result._asdict()}
+                self.evaluations.append(record)
+                tag = f"evaluation/{result.prompts}/{result.reward}"
+                self.trackers.log({tag: result.mean, "train/queries": self.queries}, self.iteration)
+                self.reporter.evaluated(record)
+        if self.recipe.preview.images and self.due(self.recipe.preview.every):
+            self.preview()
+
+    def preview(self) -> None:
+        """Paints the same prompts from the same noise as ever, without exploration."""
+        count, total = self.recipe.preview.images, len(self.prompts)
+        rows = [k * total // count % total for k in range(count)]
+        shown = [self.prompts[row] for row in rows]
+        guidance = ConstantGuidance(self.recipe.sampler.guidance)
+        batch = Batch(shown, self.texts.select(rows), guidance, [(0, "preview", k) for k in range(count)])
+        pictures = to_images(self.sampler.rollout(batch, self.recipe.rollout.batch).images)
+        folder, name = self.folder / "samples", f"iteration-{self.iteration:04d}"
+        save_images(pictures, folder / name)
+        grid(pictures).save(folder / f"{name}.png")
+        (folder / "prompts.json").write_text(json.dumps(shown, indent=1), encoding="utf-8")
+
+    def open_folder(self) -> None:
+        """Makes the run folder, or takes up the unfinished run in it.
+
+        Raises:
+            UserError: if the folder holds a finished run, the run of another recipe, or something else.
+        """
+        resolved, config = self.recipe.to_toml(), self.folder / CONFIG
+        newest = checkpoint.read_newest(self.folder / "checkpoints")
+        if config.is_file():
+            check_same(self.folder, config.read_text(encoding="utf-8"), resolved)
+            if newest and newest.numbers["iteration"] >= self.recipe.iterations:
+                raise UserError(f"--out {self.folder} already holds this run, finished: choose another folder")
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(f"--out {self.folder} holds other files and no run: choose a new or an empty folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config.write_text(resolved, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: can't write there ({error.strerror})") from error
+        self.metrics, self.evaluations = JsonLines(self.folder / METRICS), JsonLines(self.folder / EVALUATIONS)
+        self.restore(newest)
+
+    def save(self) -> None:
+        """Saves the state, and the LoRA as it stands."""
+        tensors = {f"lora.{key}": value for key, value in lora.state(self.model).items()}
+        tensors |= {f"optimizer.{key}": value for key, value in self.learner.state().items()}
+        numbers = {
+            "iteration": self.iteration,
+            "queries": self.queries,
+            "algorithm": self.algorithm.state(),
+            "reward": self.reward.state_dict() if isinstance(self.reward, Ensemble) else {},
+            METRICS: self.metrics.size(),
+            EVALUATIONS: self.evaluations.size(),
+            "version": __version__,
+        }
+        self.save_lora()
+        folder, keep = self.folder / "checkpoints", self.recipe.checkpoint.keep_last
+        checkpoint.write(folder, self.iteration, tensors, numbers, keep)
+        self.reporter.saved(self.iteration)
+
+    def save_lora(self) -> None:
+        """Both LoRA files, with what made them in their headers."""
+        recipe = self.recipe.model_dump(mode="json", exclude={"device", "trackers"})
+        metadata = {
+            "diffexp.recipe": json.dumps(recipe),
+            "diffexp.reward": self.recipe.reward,
+            "diffexp.iterations": str(self.iteration),
+            "diffexp.queries": str(self.queries),
+        }
+        if self.model.source.commit:
+            metadata["diffexp.base_commit"] = self.model.source.commit
+        lora.save(self.model, self.folder / "lora", self.folder.resolve().name, metadata)
+
+    def restore(self, newest: checkpoint.Checkpoint | None) -> None:
+        """Goes back to a checkpoint, or to the untouched model, and cuts the records to what was known then."""
+        if newest is None:
+            self.metrics.cut(0)
+            self.evaluations.cut(0)
+            return
+        for damaged in newest.damaged:
+            self.reporter.warned(f"passed over a damaged checkpoint: {damaged}")
+            shutil.rmtree(damaged)
+        tensors, numbers = newest.tensors, newest.numbers
+        lora.set_state(self.model, section(tensors, "lora."))
+        self.learner.load_state(section(tensors, "optimizer."))
+        self.algorithm.load_state(numbers["algorithm"])
+        if isinstance(self.reward, Ensemble):
+            self.reward.load_state_dict(numbers["reward"])
+        self.iteration, self.queries = numbers["iteration"], numbers["queries"]
+        self.metrics.cut(numbers[METRICS])
+        self.evaluations.cut(numbers[EVALUATIONS])
+        if numbers["version"] != __version__:
+            self.reporter.warned(f"the run was begun by version {numbers['version']}, this is {__version__}")
+
+
+def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def check_same(folder: Path, old: str, new: str) -> None:
+    """Refuses to go on with another recipe than the run's.
+
+    Raises:
+        UserError: with the lines that differ.
+    """
+    before, now = old.splitlines(), new.splitlines()
+    changed = [line for line in before if line not in now] + [line for line in now if line not in before]
+    if before != now:
+        what = "; ".join(line for line in changed if line) or "the order of its lines"
+        raise UserError(f"--out {folder} already holds a run of another recipe ({what}): choose another folder")
+
+
+def train(recipe: Recipe, out: Path | str, reporter: Reporter | None = None) -> Path:
+    """Fine-tunes a model as the recipe says; returns the folder with metrics, evaluations, samples and LoRA.
+
+    A folder that holds an unfinished run of the same recipe is continued from its newest checkpoint, exactly.
+
+    Raises:
+        UserError: for whatever the user can mend. Nothing already computed is lost.
+    """
+    return Training(recipe, Path(out), reporter).run()
