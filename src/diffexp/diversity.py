@@ -1,0 +1,47 @@
+"""How different the images of one prompt are. Only comparable at equal reward and an equal number of images.
+
+Features are (n, d): one row an image, from an encoder that is not the reward's. Pure numpy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def vendi_score(features: ArrayLike) -> float:
+    """The effective number of different images, 1 (all alike) ... n (all orthogonal).
+
+    VS = exp(−Σ λ log λ) for the eigenvalues λ of K/n, K the cosine similarities of the rows of ``features`` (n, d).
+    Friedman and Dieng 2023, "The Vendi Score", with q = 1. It grows with n, so compare equal n only.
+
+    Raises:
+        ValueError: if ``features`` is not (n, d) with n ≥ 1, or a row is zero or not finite.
+    """
+    similarity = _cosines(features)
+    eigenvalues = np.linalg.eigvalsh(similarity / len(similarity))
+    positive = eigenvalues[eigenvalues > 1e-12]  # rounding makes the zeros of a low-rank K slightly negative
+    return float(np.exp(-np.sum(positive * np.log(positive))))
+
+
+def pairwise_diversity(features: ArrayLike) -> float:
+    """1 − the mean cosine similarity over the n(n−1)/2 pairs of rows of ``features`` (n, d): 0 (all alike) ... 2.
+
+    Raises:
+        ValueError: if ``features`` is not (n, d) with n ≥ 2, or a row is zero or not finite.
+    """
+    similarity = _cosines(features)
+    if len(similarity) < 2:
+        raise ValueError("pairwise diversity needs at least two images")
+    return float(1 - similarity[np.triu_indices(len(similarity), k=1)].mean())
+
+
+def _cosines(features: ArrayLike) -> NDArray[np.float64]:
+    rows = np.asarray(features, dtype=float)
+    if rows.ndim != 2 or not len(rows):
+        raise ValueError(f"features have the shape {rows.shape}, not (n, d) with n at least 1")
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not np.all(np.isfinite(norms)) or not np.all(norms > 0):
+        raise ValueError("a row of the features is zero or not finite")
+    unit = rows / norms
+    return unit @ unit.T

@@ -1,0 +1,192 @@
+"""What is read back from the folder of a run: its recipe, its training metrics and its evaluations."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffexp.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
+"""How the algorithms of the recipes are spelled where people read."""
+
+STRATEGIES = {
+    (): "",
+    ("guidance",): " + guidance schedule",
+    ("words",): " + word weighting",
+    ("guidance", "words"): " + DiffExp",
+}
+"""What a label adds for the parts of exploration that are on."""
+
+NOT_THE_METHOD = ("seed", "device", "trackers", "rollout.batch", "update", "evaluation", "preview", "checkpoint")
+"""Settings, and whole sections, that runs of one method may differ in: they change no training sample."""
+
+
+class Measure(NamedTuple):
+    """What an evaluation measures: the mean ``reward`` on a set of ``prompts``."""
+
+    prompts: str
+    reward: str
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """R(q) of one run: ``values[k]``, the mean reward after ``queries[k]`` reward queries; queries increase."""
+
+    queries: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A folder that ``diffexp train`` wrote."""
+
+    path: Path
+    seed: int
+    algorithm: str
+    strategies: tuple[str, ...]
+    objective: Measure
+    recipe: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    evaluations: Mapping[Measure, Curve]
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def explores(self) -> bool:
+        """Whether any part of training explored."""
+        return bool(self.strategies)
+
+    @property
+    def label(self) -> str:
+        """What was trained, in words: "DDPO", "DDPO + DiffExp"; "DDPO + word weighting" with one strategy only."""
+        return TITLES.get(self.algorithm, self.algorithm) + STRATEGIES[self.strategies]
+
+    @property
+    def seconds(self) -> float | None:
+        """The time spent in iterations; None if no metrics say so."""
+        spent = [m["seconds"] for m in self.metrics if isinstance(m.get("seconds"), int | float)]
+        return float(sum(spent)) if spent else None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Run:
+        """Read a run folder.
+
+        Raises:
+            UserError: if it is no run folder, has no evaluations, or one of its files is damaged (which line).
+        """
+        path = Path(path).resolve()
+        config = _config(path)
+        evaluations = _evaluations(path / "evaluations.jsonl")
+        seed = config.get("seed")
+        if not isinstance(seed, int):
+            raise UserError(f"run {str(path)!r}: config.toml has no seed; give a folder that `diffexp train` wrote")
+        strategies = _strategies(config)
+        objective = Measure(str(config.get("prompts")), str(config.get("reward")))
+        return cls(
+            path=path,
+            seed=seed,
+            algorithm=_algorithm(config),
+            strategies=strategies,
+            objective=objective if objective in evaluations else next(iter(evaluations)),
+            recipe={key: value for key, value in _flat(config) if not _is_incidental(key, bool(strategies))},
+            metrics=_last_of_each(_objects(path / "metrics.jsonl")),
+            evaluations=evaluations,
+        )
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.toml"
+    if not path.is_dir():
+        raise UserError(f"run {str(path)!r}: no such folder")
+    if not file.is_file():
+        inside = sorted(child.parent.name for child in path.glob("*/config.toml"))
+        remedy = f"it holds runs: give them, as {path.name}/{inside[0]}" if inside else "it has no config.toml"
+        raise UserError(f"run {str(path)!r}: not a run folder; {remedy}")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"run {str(path)!r}: config.toml cannot be read ({error})") from None
+
+
+def _algorithm(config: Mapping[str, Any]) -> str:
+    section = config.get("algorithm")
+    return str(section.get("name", "unknown")) if isinstance(section, Mapping) else "unknown"
+
+
+def _strategies(config: Mapping[str, Any]) -> tuple[str, ...]:
+    section = config.get("exploration")
+    if not isinstance(section, Mapping) or section.get("until") == 0:
+        return ()
+    return tuple(part for part in ("guidance", "words") if part in section)
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in sorted(section.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _is_incidental(key: str, explores: bool) -> bool:
+    ignored = NOT_THE_METHOD if explores else (*NOT_THE_METHOD, "exploration")
+    return any(key == name or key.startswith(f"{name}.") for name in ignored)
+
+
+def _evaluations(file: Path) -> dict[Measure, Curve]:
+    points: dict[Measure, dict[float, float]] = {}
+    for number, entry in enumerate(_objects(file), start=1):
+        try:
+            measure = Measure(str(entry["prompts"]), str(entry["reward"]))
+            queries, mean = float(entry["queries"]), float(entry["mean"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{str(file)!r}, entry {number}: needs prompts, reward, queries and mean") from None
+        if not math.isfinite(mean):
+            raise UserError(f"{str(file)!r}, entry {number}: the mean reward is {mean}; train this run anew")
+        points.setdefault(measure, {})[queries] = mean
+    if not points:
+        remedy = "compare needs runs that were evaluated at least once"
+        raise UserError(f"run {str(file.parent)!r}: no evaluations; {remedy}")
+    return {
+        measure: Curve(np.array(sorted(values)), np.array([values[q] for q in sorted(values)]))
+        for measure, values in points.items()
+    }
+
+
+def _objects(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            objects.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            if number == len(lines):  # a run that was stopped while it wrote: the line has no end yet
+                break
+            raise UserError(f"{str(file)!r}, line {number}: not a JSON object; the file is damaged") from None
+    return objects
+
+
+def _last_of_each(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # A resumed run writes the iterations after its checkpoint a second time: the later ones count.
+    return list({entry.get("iteration", k): entry for k, entry in enumerate(metrics)}.values())
