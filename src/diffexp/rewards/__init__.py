@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from diffexp.rewards.sources import Requirement, check
 from diffexp.rewards.spec import SHIPPED, available, check_name, is_differentiable, parse
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from diffexp.rewards.base import Reward
 
-__all__ = ["available", "check_name", "is_differentiable", "load"]
+__all__ = ["Requirement", "available", "check", "check_name", "is_differentiable", "load"]
 
 
 def load(spec: str, device: torch.device | str = "cpu") -> Reward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,6 +63,19 @@ def checked(name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
         worst = int((~scores.isfinite()).nonzero()[0])
         raise UserError(f"{wanted}: it returned {scores[worst].item()} for the prompt {prompts[worst]!r}")
     return scores
+
+
+def in_chunks(
+    function: Callable[[Tensor, Sequence[str]], Tensor], images: Tensor, prompts: Sequence[str], size: int
+) -> Tensor:
+    """Call ``function`` on ``size`` images and prompts at a time, and join its scores: bounds memory, changes nothing.
+
+    Without gradients the memory is that of one chunk; with them, every chunk's graph is kept.
+    """
+    if not len(images):
+        return images.new_zeros(0, dtype=torch.float32)
+    starts = range(0, len(images), size)
+    return torch.cat([function(images[start : start + size], prompts[start : start + size]) for start in starts])
 
 
 def _first(prompts: Sequence[str]) -> str:

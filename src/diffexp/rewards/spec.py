@@ -38,14 +38,15 @@ SHIPPED = {
         "LAION's aesthetic predictor on CLIP ViT-L/14, about 1 to 10", "diffexp.rewards.aesthetic:load", True
     ),
     "pickscore": Entry(
-        "PickScore, human preference by CLIP ViT-H/14, about 20", "diffexp.rewards.clip:pickscore", True
+        "PickScore, human preference by CLIP ViT-H/14, about 20", "diffexp.rewards.pickscore:load", True
     ),
     "hpsv2": Entry("HPSv2.1, human preference by CLIP ViT-H/14, about 0.28", "diffexp.rewards.hpsv2:load", True),
+    "hpsv2.0": Entry("HPSv2.0, as first published, about 0.28", "diffexp.rewards.hpsv2:load_v20", True),
     "imagereward": Entry(
         "ImageReward, human preference by BLIP, about -2 to 2", "diffexp.rewards.imagereward:load", True
     ),
     "clipscore": Entry(
-        "100 x cosine of image and prompt by CLIP ViT-L/14, at least 0", "diffexp.rewards.clip:clipscore", True
+        "100 x cosine of image and prompt by CLIP ViT-L/14, at least 0", "diffexp.rewards.clipscore:load", True
     ),
 }
 
