@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import (
     BatchEncoding,
+    BertTokenizer,
     BlipTextConfig,
     BlipVisionConfig,
     CLIPConfig,
@@ -239,6 +240,19 @@ def test_aesthetic_equals_the_published_package(tmp_path):
 def test_imagereward_equals_the_published_package(blip):
     images = pictures("imagereward/0", "imagereward/1")
     assert score(blip, images, ["0", "1"]).tolist() == pytest.approx(NUMBERS["imagereward"]["scores"], **TOLERANCE)
+
+
+def test_imagereward_reads_prompts_as_bert_does_padded_to_35_tokens(blip):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
+    blip.tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})
+    ids = torch.zeros(2, 35, dtype=torch.long)
+    ids[0, :4] = torch.tensor([2, 5, 6, 3])
+    ids[1] = torch.tensor([2] + [5] * 33 + [3])
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    images = pictures("imagereward/0", "imagereward/1")
+    expected = blip.score_pixels(preprocess(images, 32), ids, mask)
+    assert torch.allclose(blip(images, ["A cat", "a " * 50]), expected)
 
 
 def test_the_head_folds_into_one_map():

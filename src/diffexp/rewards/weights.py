@@ -80,12 +80,12 @@ def frozen(model: type[Model], folder: Path, device: torch.device | str, dtype: 
 
 
 def _hub_file(source: Source, name: str) -> Path:
-    import httpx
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(source.repo, name, revision=source.revision))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except Exception as error:
+        # Besides its own errors the hub's client lets through those of its HTTP library, which differs by version.
         by_hand = f", or put the file at {cache_folder() / name}" if source.pickled else ""
         raise UserError(
             f"{source.what} needs {name} of {source.repo} (about {source.size / 1e9:.2g} GB in all), which is not on "
