@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffexp import study, study_report
+from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.runs import Measure, Run
 
@@ -225,6 +226,36 @@ def test_arms_their_labels_and_baselines(tmp_path: Path):
     ]
     baselines = [study.baseline_of(arm, arms) for arm in arms]
     assert [baseline.first.name for baseline in baselines] == ["b", "b", "b", "b", "a", "b"]
+
+
+def test_recipes_as_training_writes_them(tmp_path: Path):
+    overrides = {
+        "plain": ("emoji-ddpo", {}),
+        "plain-1": ("emoji-ddpo", {"seed": 1, "rollout.batch": 3, "device": "cpu", "evaluation.every": 2}),
+        "explored": ("emoji-ddpo-diffexp", {}),
+        "alignprop": ("emoji-alignprop-diffexp", {}),
+    }
+    runs = []
+    for name, (recipe, settings) in overrides.items():
+        path = write_run(tmp_path / name)
+        (path / "config.toml").write_text(Recipe.load(recipe, settings).to_toml())
+        rows = (path / "evaluations.jsonl").read_text().replace('"animals"', '"animal-activities"')
+        (path / "evaluations.jsonl").write_text(rows)
+        runs.append(Run.read(path))
+    assert {run.objective for run in runs} == {Measure("animal-activities", "emoji-alignment")}
+    arms = study.arms_of(runs)
+    assert [arm.label for arm in arms] == ["DDPO", "DDPO + DiffExp", "AlignProp + DiffExp"]
+    assert list(arms[0].runs) == [0, 1]
+
+
+def test_exploration_until_zero_is_none(tmp_path: Path):
+    run = write_run(tmp_path / "run", exploration=WORDS)
+    assert Run.read(run).label == "DDPO + word weighting"
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("until = 0.75", "until = 0.0"))
+    assert Run.read(run).label == "DDPO"
+    assert [list(arm.runs) for arm in study.arms_of([Run.read(run), Run.read(write_run(tmp_path / "b", seed=1))])] == [
+        [0, 1]
+    ]
 
 
 def test_what_does_not_change_training_does_not_part_arms(tmp_path: Path):

@@ -55,14 +55,15 @@ def write(comparison: Comparison, out: Path) -> tuple[Path, ...]:
 
 
 def rich_table(comparison: Comparison) -> Table:
-    """The main table for a terminal."""
+    """The main table for a terminal, with the notes below it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     header, *rows = main_rows(comparison)
     title = f"{comparison.objective.reward} on {comparison.objective.prompts}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, caption_justify="left")
+    table.caption = Text("\n".join(f"* {note}" for note in comparison.notes)) if comparison.notes else None
     for k, name in enumerate(header):
         table.add_column(Text(name), justify="right" if k else "left", vertical="top")
     for row in rows:

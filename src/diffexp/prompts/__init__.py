@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -74,8 +75,8 @@ def _looks_like_a_file(name: str) -> bool:
 
 
 def _column(file: str) -> tuple[str, ...]:
-    with (package_files(__name__) / "data" / file).open(encoding="utf-8", newline="") as lines:
-        return tuple(row["prompt"] for row in csv.DictReader(lines))
+    lines = io.StringIO((package_files(__name__) / "data" / file).read_text(encoding="utf-8"))
+    return tuple(row["prompt"] for row in csv.DictReader(lines))
 
 
 _SETS: dict[str, tuple[str, Callable[[], tuple[str, ...]]]] = {
