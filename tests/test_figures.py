@@ -50,6 +50,15 @@ def test_a_long_prompt_is_cut_off():
     assert short == long
 
 
+def test_no_label_runs_into_its_neighbour():
+    for text in ("Donaudampfschifffahrtsgesellschaft", "a donkey and an octopus are playing a game with a rope " * 3):
+        grid = figures.image_grid([[flat("red")] * 3], (), ["", text, ""])
+        above = np.asarray(grid)[: grid.height - 140]
+        inked = np.flatnonzero((above < 200).any(axis=(0, 2)))
+        start = grid.width - 2 * 133
+        assert start - 2 <= inked[0] < inked[-1] <= start + 128 + 2
+
+
 def test_large_images_keep_their_size():
     assert figures.image_grid([[flat("red", 512)]]).width >= 512
     assert figures.image_grid([[flat("red", 512)]]).width < 600

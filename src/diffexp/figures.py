@@ -250,10 +250,18 @@ def _wrapped(text: str, font: FreeTypeFont, width: int) -> str:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
-            lines.append(word)
+            lines.append(_shortened(word, font, width))
     if len(lines) > MOST_LINES:
-        lines[MOST_LINES - 1 :] = [f"{lines[MOST_LINES - 1]} …"]
+        lines[MOST_LINES - 1 :] = [_shortened(f"{lines[MOST_LINES - 1]} …", font, width)]
     return "\n".join(lines)
+
+
+def _shortened(line: str, font: FreeTypeFont, width: int) -> str:
+    kept = line
+    while font.getlength(line) > width and kept:
+        kept = kept.rstrip(" …")[:-1]
+        line = f"{kept}…"
+    return line
 
 
 def _extent(text: str, font: FreeTypeFont) -> tuple[int, int]:
