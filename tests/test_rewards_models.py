@@ -242,6 +242,14 @@ def test_imagereward_equals_the_published_package(blip):
     assert score(blip, images, ["0", "1"]).tolist() == pytest.approx(NUMBERS["imagereward"]["scores"], **TOLERANCE)
 
 
+def test_norms_have_the_published_epsilon(blip):
+    # Too small to show in scores of order one, but not in half precision.
+    towers = {"imagereward": (blip.vision, blip.text), "hpsv2": (CLIPModel(TINY_CLIP),)}
+    for name, models in towers.items():
+        found = [{norm.eps for norm in model.modules() if isinstance(norm, torch.nn.LayerNorm)} for model in models]
+        assert found == [{eps} for eps in NUMBERS[name]["eps"]]
+
+
 def test_imagereward_reads_prompts_as_bert_does_padded_to_35_tokens(blip):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat"]
     blip.tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)})

@@ -29,6 +29,10 @@ def shapes(model: torch.nn.Module) -> dict:
     return {name: list(value.shape) for name, value in model.state_dict().items() if value.is_floating_point()}
 
 
+def epsilons(model: torch.nn.Module) -> list:
+    return sorted({layer.eps for layer in model.modules() if isinstance(layer, torch.nn.LayerNorm)})
+
+
 def fill(model: torch.nn.Module, prefix: str) -> torch.nn.Module:
     state = model.state_dict()
     made = weights({prefix + name: tuple(shape) for name, shape in shapes(model).items()})
@@ -74,7 +78,7 @@ def hpsv2() -> dict:
             # The file as score() treats it, less autocast: it rounds to half precision.
             out = model(torch.stack([preprocess(picture) for picture in pictures]), tokens)
         scores[name] = torch.diagonal(out["image_features"] @ out["text_features"].T).tolist()
-    return {"tokens": tokens.tolist(), "scores": scores, "shapes": shapes(model)}
+    return {"tokens": tokens.tolist(), "scores": scores, "shapes": shapes(model), "eps": epsilons(model)}
 
 
 def image_reward() -> dict:
@@ -108,7 +112,9 @@ def image_reward() -> dict:
     pixels = torch.stack([model.preprocess(picture) for picture in pictures])
     with torch.no_grad():
         scores = model.score_gard(ids, mask, pixels).squeeze(1)
-    return {"ids": ids.tolist(), "mask": mask.tolist(), "scores": scores.tolist(), "shapes": shapes(model)}
+    eps = epsilons(model.blip.visual_encoder) + epsilons(model.blip.text_encoder)
+    tokens = {"ids": ids.tolist(), "mask": mask.tolist()}
+    return {**tokens, "scores": scores.tolist(), "shapes": shapes(model), "eps": eps}
 
 
 def aesthetic() -> dict:
