@@ -40,7 +40,8 @@ def headline(recipe: Recipe, folder: Path) -> str:
 def summary(record: Mapping[str, Any], samples: int) -> str:
     """One iteration's figures."""
     speed = samples / max(record["seconds"], 1e-9)
-    return f"reward {record['reward_mean']:.3f} ± {record['reward_std']:.3f}, {record['queries']} queries, {speed:.1f} images/s"
+    reward = f"reward {record['reward_mean']:.3f} ± {record['reward_std']:.3f}"
+    return f"{reward}, {record['queries']} queries, {speed:.1f} images/s"
 
 
 class PlainReporter(Reporter):

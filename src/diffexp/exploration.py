@@ -2,14 +2,15 @@
 
 Chae, Choi, Kim, Lee: "DiffExp: Efficient Exploration in Reward Fine-tuning for Text-to-Image Diffusion Models",
 AAAI 2025, arXiv:2502.14070. Two strategies, both for the rollout only and never for evaluation: a classifier-free
-guidance scale that is low in the early denoising steps (Eq. 7), and one random word of the prompt made stronger (Eq. 8).
+guidance scale that is low in the early denoising steps (Eq. 7), and one random word of the prompt made stronger
+(Eq. 8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,11 +18,8 @@ from torch import Generator, Tensor
 
 from diffexp.text import TextEmbedding, Words
 
-
-class GuidanceSchedule(Protocol):
-    """w(t): the scale of classifier-free guidance at timestep t, which counts from 1000 (noise) down to 0 (image)."""
-
-    def __call__(self, t: int) -> float: ...
+GuidanceSchedule = Callable[[int], float]
+"""w(t): the scale of classifier-free guidance at timestep t, which counts from 1000 (noise) down to 0 (image)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Algorithm(Protocol):
     """Improves the model's LoRA with one batch of online samples at a time."""
 
     def step(self, batch: Batch) -> Metrics:
-        """One iteration on the given prompts; returns ``reward_mean``, ``reward_std``, ``queries`` and its own figures."""
+        """One iteration; returns ``queries``, ``reward_mean``, ``reward_std`` and the algorithm's own figures."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must remember besides parameters and optimiser, as JSON."""

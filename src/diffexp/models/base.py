@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -33,7 +33,7 @@ class TextToImage(ABC):
     ``diffexp.models.lora``; its parameters are the only ones that train.
     """
 
-    kohya_text_encoders: Mapping[str, str]
+    kohya_text_encoders: ClassVar[Mapping[str, str]]  # folder name → prefix of its keys in kohya files
 
     def __init__(
         self, unet: UNet2DConditionModel, vae: AutoencoderKL, noise_schedule: DDIMScheduler, source: Source
@@ -62,7 +62,7 @@ class TextToImage(ABC):
         hidden: Float[Tensor, "N L D"],
         pooled: Float[Tensor, "N P"] | None,
     ) -> Float[Tensor, "N C H W"]:
-        """One pass of the denoising network; float32 in and out."""
+        """One pass of the denoising network, in the frozen weights' precision; out comes the precision of ``x``."""
 
     @abstractmethod
     def text_encoders(self) -> Mapping[str, nn.Module]:
@@ -94,7 +94,7 @@ class TextToImage(ABC):
     def _decode(self, latents: Tensor) -> Tensor:
         config = self.vae.config
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(latents.to(self.vae.dtype)).sample.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> LatentShape:
         """(C, H, W) of a latent, for images of ``size`` (height, width) in pixels; the model's own size by default.
@@ -114,8 +114,9 @@ class TextToImage(ABC):
         """The timesteps of a sampler of ``steps`` steps, and ᾱ at both ends of each."""
         scheduler = self.noise_schedule
         total = scheduler.config.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise UserError(f"sampler.steps = {steps}: this model takes 1…{total}")
+        most = total - scheduler.config.steps_offset
+        if not 1 <= steps <= most:
+            raise UserError(f"sampler.steps = {steps}: this model takes 1…{most}")
         scheduler.set_timesteps(steps)
         timesteps = [int(t) for t in scheduler.timesteps]
         alpha_bar = scheduler.alphas_cumprod.double()

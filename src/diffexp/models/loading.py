@@ -1,7 +1,7 @@
 """Opens a diffusers folder, or a repository of the hub, without running anything that it brings.
 
-Concrete classes only, safetensors only, and a hub name is resolved to a commit once: pipelines and ``Auto*`` classes run
-code that a repository names (CVE-2026-44513), and an index can change between its check and its download
+Concrete classes only, safetensors only, and a hub name is resolved to a commit once: pipelines and ``Auto*`` classes
+run code that a repository names (CVE-2026-44513), and an index can change between its check and its download
 (CVE-2026-45804).
 """
 
@@ -91,7 +91,7 @@ def locate(name: str, revision: str | None) -> tuple[Path, Source]:
         folder = Path(snapshot_download(name, revision=commit, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
     except Exception as error:
         raise UserError(
-            f"model.path = {name!r}: neither a folder nor a model that could be fetched from the hub ({one_line(error)})"
+            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has ({one_line(error)})"
         ) from error
     return folder, Source(name, folder.name)
 

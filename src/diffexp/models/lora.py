@@ -55,7 +55,7 @@ def attach(model: TextToImage, config: LoraConfig) -> None:
 
 def state(model: TextToImage) -> State:
     """The adapter's tensors under peft's names: ``<module>.lora_A.weight`` (rank × in), ``.lora_B.weight``."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model.unet).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model.unet).items()}
 
 
 def set_state(model: TextToImage, tensors: Mapping[str, Tensor]) -> None:

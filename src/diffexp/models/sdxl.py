@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -17,11 +18,11 @@ from diffexp.text import TextEmbedding
 class StableDiffusionXL(TextToImage):
     """Podell et al. 2023. Eq. 8's word is weighted in both encoders' hidden states; the pooled embedding stays.
 
-    ``zero_uncond`` is the pipeline's ``force_zeros_for_empty_prompt``: zeros, instead of the embedding of the empty text,
-    for the unconditional prediction.
+    ``zero_uncond`` is the pipeline's ``force_zeros_for_empty_prompt``: the unconditional prediction is conditioned on
+    zeros instead of on the embedding of the empty text.
     """
 
-    kohya_text_encoders = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    kohya_text_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
     def __init__(
         self,

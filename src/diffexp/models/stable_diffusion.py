@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -17,7 +18,7 @@ from diffexp.text import TextEmbedding
 class StableDiffusion(TextToImage):
     """One CLIP text encoder whose last hidden states condition the network."""
 
-    kohya_text_encoders = {"text_encoder": "lora_te"}
+    kohya_text_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te"}
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class StableDiffusion(TextToImage):
 
     def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
         timestep = torch.tensor(t, device=self.device)
-        return self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0].float()
+        return self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0].to(x.dtype)
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
         return {"text_encoder": self.text_encoder}
