@@ -246,6 +246,16 @@ def test_only_observing_moves_the_statistics(ensemble, images):
     assert ensemble.state_dict() == frozen
 
 
+def test_calibration_starts_the_statistics_once(ensemble, images):
+    ensemble.calibrate(images, PROMPTS)
+    started = ensemble.state_dict()
+    assert ensemble.statistics["bright"].mean == pytest.approx(images.mean().item())
+    assert ensemble(images, PROMPTS).mean().item() == pytest.approx(0, abs=1e-5)
+    ensemble.calibrate(images / 2, PROMPTS)
+    assert ensemble.state_dict() == started
+    assert torch.allclose(ensemble(images[:1], PROMPTS[:1]), ensemble(images, PROMPTS)[:1], atol=1e-5)
+
+
 def test_a_block_that_fails_moves_nothing(ensemble, images):
     before = ensemble.state_dict()
     with pytest.raises(KeyError), ensemble.observing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,19 +22,20 @@ class Clip:
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.image_size = cast("int", model.vision_model.config.image_size)
+        self.context = model.text_model.config.max_position_embeddings
 
     def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
         """Features of images (B, 3, H, W) in [0, 1]; gradients flow to the images."""
-        pixels = preprocess(images, self.model.config.vision_config.image_size, fit)
+        pixels = preprocess(images, self.image_size, fit)
         pooled = self.model.vision_model(pixel_values=pixels.to(self.model.dtype)).pooler_output
         return _unit(self.model.visual_projection(pooled))
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Features of prompts; what exceeds CLIP's context is cut off."""
-        length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+            list(prompts), padding=True, truncation=True, max_length=self.context, return_tensors="pt"
         ).to(self.model.device)
         pooled = self.model.text_model(**tokens).pooler_output
         return _unit(self.model.text_projection(pooled))

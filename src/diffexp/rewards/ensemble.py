@@ -53,8 +53,8 @@ class Ensemble:
 
     Calling it never moves the statistics. They move when a ``with ensemble.observing():`` block ends, by every score
     made inside it: once a training iteration, so that chunks and their order do not matter, and never in evaluation.
-    Before the first such block a batch is z-scored by itself. Differentiable if every member is; the statistics
-    count as constants.
+    ``calibrate`` gives them a start; without one, a batch before the first such block is z-scored by itself, so its
+    mean says nothing. Differentiable if every member is; the statistics count as constants.
 
     Raises:
         UserError: for no rewards, another number of weights, a weight of zero or not finite, or a name used twice.
@@ -102,6 +102,12 @@ class Ensemble:
             return
         for column, name in zip(scores.T, self.statistics, strict=True):
             self.statistics[name] = self.statistics[name].merge(Statistics.of(column))
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Start the statistics from images (B, 3, H, W) of the untouched model, unless they have started."""
+        if not any(statistics.count for statistics in self.statistics.values()):
+            self.observe(self.scores(images, prompts))
 
     @contextmanager
     def observing(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,6 +78,7 @@ class ImageReward:
         self.vision = vision.requires_grad_(False).eval()
         self.text = text.requires_grad_(False).eval()
         self.tokenizer = tokenizer
+        self.image_size = cast("int", vision.config.image_size)
         self.weight = weight.detach().to(text.device, torch.float32)
         self.bias = bias.detach().to(text.device, torch.float32)
         self.batch = batch
@@ -86,7 +88,7 @@ class ImageReward:
         return in_chunks(self._score, images, prompts, self.batch)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = preprocess(images, self.vision.config.image_size).to(self.vision.dtype)
+        pixels = preprocess(images, self.image_size).to(self.vision.dtype)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
         ).to(self.text.device)

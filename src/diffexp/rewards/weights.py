@@ -95,7 +95,10 @@ def _hub_file(source: Source, name: str) -> Path:
 
 
 def _accepted_digest(source: Source, file: BinaryIO) -> str:
-    digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+    hasher = hashlib.sha256()
+    while block := file.read(1 << 20):
+        hasher.update(block)
+    digest = hasher.hexdigest()
     if digest == source.sha256 or digest in trusted():
         return digest
     known = f"not the known {source.sha256}" if source.sha256 else "and no published hash of it is known"
@@ -103,13 +106,6 @@ def _accepted_digest(source: Source, file: BinaryIO) -> str:
         f"{source.files[0]} of {source.repo} is a pickle with the SHA-256 {digest}, {known}: it was not opened; "
         f"if you trust where it comes from, set {TRUST}={digest}"
     )
-
-
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_tensors(source: Source, file: BinaryIO) -> State:
