@@ -283,15 +283,28 @@ def test_a_file_of_another_size_is_refused(tmp_path):
     del state["visual.proj"]
     with pytest.raises(UserError, match="1 differences, as visual_projection"):
         hpsv2.convert(state, tmp_path, TINY_CLIP)
-    with pytest.raises(UserError, match="vision part"):
+    with pytest.raises(UserError, match="visual_encoder"):
         imagereward.convert(golden_state("imagereward"), tmp_path)
 
 
-def test_the_published_layouts_have_the_published_sizes():
-    with torch.device("meta"):
-        clip = CLIPModel(CLIPConfig(**hpsv2.VIT_H_14))
-    # open_clip's profile of ViT-H-14 gives 986.11 M parameters.
-    assert sum(value.numel() for value in clip.parameters()) == pytest.approx(986.11e6, rel=1e-5)
+def published(name):
+    """The published file's weights by name, of the right shapes but without numbers."""
+    rows = NUMBERS["published"][name]
+    keys = {pattern.format(layer): shape for pattern, shape, layers in rows for layer in range(layers or 1)}
+    return {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+
+
+def test_the_published_hpsv2_file_fits():
+    weights = hpsv2.rename(published("hpsv2"), CLIPConfig(**hpsv2.VIT_H_14))
+    # open_clip's own profile of ViT-H-14: 986.11 M parameters.
+    assert sum(value.numel() for value in weights.values()) == pytest.approx(986.11e6, rel=1e-5)
+
+
+def test_the_published_imagereward_file_fits():
+    state = published("imagereward")
+    vision = imagereward.rename_vision(state, BlipVisionConfig(**imagereward.VISION))
+    text = imagereward.rename_text(state, BlipTextConfig(**imagereward.TEXT))
+    assert len(vision) + len(text) == len([key for key in state if not key.endswith("position_ids")])
 
 
 # What every reward model must do

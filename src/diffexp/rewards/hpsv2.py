@@ -93,14 +93,23 @@ def convert(state: State, folder: Path, config: CLIPConfig | None = None) -> Non
         UserError: if the weights are not those of ``config`` (ViT-H-14 unless given).
     """
     config = config or CLIPConfig(**VIT_H_14)
+    save_file(rename(state, config), folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def rename(state: State, config: CLIPConfig) -> State:
+    """The weights of a CLIP in open_clip's layout under the names of transformers' CLIPModel.
+
+    Raises:
+        UserError: if they are not those of ``config``.
+    """
     renamed = {name: tensor.contiguous() for key, value in state.items() for name, tensor in _rename(key, value)}
     with torch.device("meta"):
         wanted = {name: value.shape for name, value in CLIPModel(config).state_dict().items()}
     if {name: value.shape for name, value in renamed.items()} != wanted:
         wrong = sorted(wanted.keys() ^ renamed.keys()) or ["the shapes"]
         raise UserError(f"the HPSv2 file is no CLIP of the expected size: {len(wrong)} differences, as {wrong[0]}")
-    config.save_pretrained(folder)
-    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return renamed
 
 
 def _load(name: str, source: Source, device: torch.device | str) -> ClipReward:

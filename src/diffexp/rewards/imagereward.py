@@ -130,29 +130,45 @@ def convert(
     """
     vision = vision or BlipVisionConfig(**VISION)
     text = text or BlipTextConfig(**TEXT)
-    with torch.device("meta"):
-        towers = {
-            "vision": (BlipVisionModel(vision), _part(state, "blip.visual_encoder.", _VISION_NAMES)),
-            "text": (BlipTextModel(text, add_pooling_layer=False), _part(state, "blip.text_encoder.", ())),
-        }
-    for name, (model, weights) in towers.items():
-        weights.pop("embeddings.position_ids", None)
-        wanted = {key: value.shape for key, value in model.state_dict().items()}
-        if {key: value.shape for key, value in weights.items()} != wanted:
-            wrong = sorted(wanted.keys() ^ weights.keys()) or ["the shapes"]
-            raise UserError(f"the ImageReward file's {name} part has {len(wrong)} differences, as {wrong[0]}")
-        model.config.save_pretrained(folder / name)
-        save_file(weights, folder / name / "model.safetensors", metadata={"format": "pt"})
+    for config, weights in ((vision, rename_vision(state, vision)), (text, rename_text(state, text))):
+        part = folder / ("vision" if config is vision else "text")
+        config.save_pretrained(part)
+        save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
     weight, bias = fold(state, "mlp.layers.")
     save_file({"weight": weight, "bias": bias}, folder / "head.safetensors")
 
 
-def _part(state: State, prefix: str, names: Sequence[tuple[str, str]]) -> State:
+def rename_vision(state: State, config: BlipVisionConfig) -> State:
+    """BLIP's image encoder under the names of transformers' BlipVisionModel.
+
+    Raises:
+        UserError: if the weights are not those of ``config``.
+    """
+    with torch.device("meta"):
+        return _part(state, "blip.visual_encoder.", _VISION_NAMES, BlipVisionModel(config))
+
+
+def rename_text(state: State, config: BlipTextConfig) -> State:
+    """BLIP's text encoder under the names of transformers' BlipTextModel.
+
+    Raises:
+        UserError: if the weights are not those of ``config``.
+    """
+    with torch.device("meta"):
+        return _part(state, "blip.text_encoder.", (), BlipTextModel(config, add_pooling_layer=False))
+
+
+def _part(state: State, prefix: str, names: Sequence[tuple[str, str]], model: torch.nn.Module) -> State:
     part = {}
     for key, value in state.items():
-        if key.startswith(prefix):
+        # The position ids are 0, 1, 2, …, which transformers does not save.
+        if key.startswith(prefix) and not key.endswith("position_ids"):
             key = key.removeprefix(prefix)
             for pattern, replacement in names:
                 key = re.sub(pattern, replacement, key)
             part[key] = value.contiguous()
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    if {key: value.shape for key, value in part.items()} != wanted:
+        wrong = sorted(wanted.keys() ^ part.keys()) or ["the shapes"]
+        raise UserError(f"the ImageReward file's {prefix}* has {len(wrong)} differences, as {wrong[0]}")
     return part

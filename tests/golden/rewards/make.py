@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -27,6 +28,31 @@ HERE = Path(__file__).parent
 
 def shapes(model: torch.nn.Module) -> dict:
     return {name: list(value.shape) for name, value in model.state_dict().items() if value.is_floating_point()}
+
+
+def layout(model: torch.nn.Module) -> list:
+    """A full-size model's weights, layers folded: [name with {} for the layer's number, shape, layers or 0]."""
+    rows = {}
+    for name, value in model.state_dict().items():
+        folded = re.sub(r"(blocks|resblocks|layer)\.\d+\.", r"\1.{}.", name)
+        rows.setdefault(folded, [folded, list(value.shape), 0])[2] += "{}" in folded
+    return list(rows.values())
+
+
+def published() -> dict:
+    """The layouts of the published sizes, without weights."""
+    clip = module("hpsv2", "src.open_clip.model")
+    config = json.loads((Path(clip.__file__).parent / "model_configs" / "ViT-H-14.json").read_text())
+    vit = module("ImageReward", "models.BLIP.vit")
+    med = module("ImageReward", "models.BLIP.med")
+    # med_config.json of THUDM/ImageReward.
+    text = med.BertConfig(vocab_size=30524, add_cross_attention=True, encoder_width=1024)
+    blip = torch.nn.Module()
+    blip.visual_encoder = vit.VisionTransformer(img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16)
+    with torch.device("meta"):
+        blip.text_encoder = med.BertModel(config=text, add_pooling_layer=False)
+        hps = clip.CLIP(**config)
+    return {"hpsv2": layout(hps), "imagereward": [[f"blip.{name}", *rest] for name, *rest in layout(blip)]}
 
 
 def epsilons(model: torch.nn.Module) -> list:
@@ -139,6 +165,6 @@ def aesthetic() -> dict:
 
 
 if __name__ == "__main__":
-    golden = {"hpsv2": hpsv2(), "imagereward": image_reward(), "aesthetic": aesthetic()}
+    golden = {"hpsv2": hpsv2(), "imagereward": image_reward(), "aesthetic": aesthetic(), "published": published()}
     (HERE / "golden.json").write_text(json.dumps(golden) + "\n")
-    print({name: value["scores"] for name, value in golden.items()}, np.__version__)
+    print({name: value["scores"] for name, value in golden.items() if "scores" in value}, np.__version__)
