@@ -4,12 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny import write_pipeline
 
 from diffexp import models, rollout
 from diffexp.algorithms import alignprop
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Sampler
+
+# no test may depend on how fast the machine is
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from diffexp import __version__
 from diffexp.errors import UserError
+from diffexp.version import __version__
 
 app = typer.Typer(
     name="diffexp",

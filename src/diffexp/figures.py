@@ -95,8 +95,8 @@ def curves(panels: Sequence[Panel], title: str = "", columns: int = 3) -> Figure
     rows = math.ceil(len(panels) / columns)
     styles = _styles([line for panel in panels for line in panel.lines])
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(4.3 * columns, 5.4), 3.3 * rows + 0.8), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+        figure = Figure(figsize=(max(4.3 * columns, 5.4), 3.3 * rows + 0.8))
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, panel in zip(axes, panels, strict=False):
             _draw(ax, panel, styles)
@@ -194,7 +194,7 @@ def _draw(ax: Axes, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> No
         style, mean, spread = styles[line.label], np.asarray(line.mean), np.asarray(line.spread)
         if np.any(spread > 0):
             ax.fill_between(line.queries, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
-        single = {"marker": "o", "markersize": 5} if len(mean) == 1 else {}
+        single: dict[str, Any] = {"marker": "o", "markersize": 5} if len(mean) == 1 else {}
         ax.plot(line.queries, mean, linewidth=2.2, zorder=4 if line.explores else 3, **style, **single)
     for level in panel.levels:
         _mark(ax, level, styles)

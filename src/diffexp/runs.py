@@ -23,7 +23,7 @@ else:
 TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
 """How the algorithms of the recipes are spelled where people read."""
 
-STRATEGIES = {
+STRATEGIES: dict[tuple[str, ...], str] = {
     (): "",
     ("guidance",): " + guidance schedule",
     ("words",): " + word weighting",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from diffexp.config import Recipe
 from diffexp.errors import UserError
@@ -15,10 +16,10 @@ class Trackers:
     """A context in which ``log`` reaches every tracker of the recipe. TensorBoard is left out where not installed."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        names = [name for name in recipe.trackers if name != "tensorboard" or find_spec("tensorboard")]
+        names: list[Any] = [name for name in recipe.trackers if name != "tensorboard" or find_spec("tensorboard")]
         if "wandb" in names and not find_spec("wandb"):
             raise UserError("trackers = [\"wandb\"]: wandb is not installed; pip install 'diffexp[wandb]'")
-        self.accelerator = None
+        self.accelerator: Any = None
         if names:
             from accelerate import Accelerator
 

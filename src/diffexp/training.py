@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffexp import __version__, assembly, checkpoint, prompts, rewards
+from diffexp import assembly, checkpoint, prompts, rewards
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
@@ -23,6 +23,7 @@ from diffexp.rewards.base import score
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
 from diffexp.tracking import Trackers
+from diffexp.version import __version__
 
 
 class Training:
@@ -36,6 +37,8 @@ class Training:
         self.sampler = assembly.sampler(recipe, self.model)
         self.exploration = assembly.exploration(recipe, self.sampler)
         self.reward = rewards.load(recipe.reward, self.model.device)
+        if recipe.algorithm.name == "alignprop" and not self.reward.differentiable:
+            raise UserError(f"reward = {recipe.reward!r} has no gradient, which alignprop needs: take ddpo instead")
         self.evaluate = assembly.evaluator(recipe, self.sampler, {recipe.reward: self.reward})
         assembly.add_lora(recipe, self.model)
         self.learner = assembly.learner(recipe, self.model)
@@ -48,6 +51,7 @@ class Training:
         self.reporter.started(self.recipe, self.folder, self.iteration)
         with Trackers(self.recipe, self.folder) as self.trackers:
             if self.iteration == 0:
+                self.calibrate()
                 self.observe()
             while self.iteration < self.recipe.iterations:
                 self.step()
@@ -92,6 +96,13 @@ class Training:
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """The training reward, checked."""
         return score(self.reward, images, texts)
+
+    def calibrate(self) -> None:
+        """Gives an ensemble's z-scores their first statistics, from the untouched model's images."""
+        if isinstance(self.reward, Ensemble):
+            batch = self.batch(0)._replace(guidance=ConstantGuidance(self.recipe.sampler.guidance))
+            images = self.sampler.rollout(batch, self.recipe.rollout.batch).images
+            self.reward.calibrate(images, batch.prompts)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many iterations, and at both ends, happens now."""

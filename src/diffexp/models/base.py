@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffexp.diffusion import NoiseSchedule
 from diffexp.errors import UserError
-from diffexp.text import TextEmbedding
+from diffexp.text import TextEmbedding, concatenate
 
 LatentShape = tuple[int, int, int]
 
@@ -41,6 +43,9 @@ class TextToImage(ABC):
         self.unet, self.vae, self.source = unet.eval().requires_grad_(False), vae.eval().requires_grad_(False), source
         self.noise_schedule = noise_schedule
         self.checkpoint_decoder = False
+        # diffusers types its configurations as plain dictionaries
+        self.unet_config: Any = unet.config
+        self.vae_config: Any = vae.config
 
     @property
     def device(self) -> torch.device:
@@ -76,13 +81,11 @@ class TextToImage(ABC):
         """
         if w == 1:
             return self.network(x_t, t, text.hidden, text.pooled)
-        uncond = text.uncond_hidden.expand_as(text.hidden)
-        uncond_pooled = None if text.pooled is None else text.uncond_pooled.expand_as(text.pooled)
+        null = text.unconditional()
         if w == 0:
-            return self.network(x_t, t, uncond, uncond_pooled)
-        pooled = None if text.pooled is None else torch.cat([text.pooled, uncond_pooled])
-        both = self.network(torch.cat([x_t, x_t]), t, torch.cat([text.hidden, uncond]), pooled)
-        conditional, unconditional = both.chunk(2)
+            return self.network(x_t, t, null.hidden, null.pooled)
+        both = concatenate([text, null])
+        conditional, unconditional = self.network(torch.cat([x_t, x_t]), t, both.hidden, both.pooled).chunk(2)
         return unconditional + w * (conditional - unconditional)
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
@@ -92,9 +95,15 @@ class TextToImage(ABC):
         return self._decode(latents)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return (self.vae.decode(latents.to(self.vae.dtype)).sample.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+        shift = getattr(self.vae_config, "shift_factor", None) or 0.0
+        latents = latents / self.vae_config.scaling_factor + shift
+        (images,) = self.vae.decode(cast(Any, latents.to(self.vae.dtype)), return_dict=False)
+        return (images.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def pixels(self) -> int:
+        """The edge of the square of pixels that one latent cell stands for."""
+        return 2 ** (len(self.vae_config.block_out_channels) - 1)
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> LatentShape:
         """(C, H, W) of a latent, for images of ``size`` (height, width) in pixels; the model's own size by default.
@@ -102,19 +111,18 @@ class TextToImage(ABC):
         Raises:
             UserError: if the size is no multiple of what VAE and network halve it by.
         """
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = self.unet.config.sample_size
-        height, width = size or (side * scale, side * scale)
-        multiple = scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        side = self.unet_config.sample_size * self.pixels
+        height, width = size or (side, side)
+        multiple = self.pixels * 2 ** (len(self.unet_config.block_out_channels) - 1)
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise UserError(f"sampler.size = {[height, width]}: this model needs multiples of {multiple} pixels")
-        return self.unet.config.in_channels, height // scale, width // scale
+        return self.unet_config.in_channels, height // self.pixels, width // self.pixels
 
     def schedule(self, steps: int) -> NoiseSchedule:
         """The timesteps of a sampler of ``steps`` steps, and ᾱ at both ends of each."""
-        scheduler = self.noise_schedule
-        total = scheduler.config.num_train_timesteps
-        most = total - scheduler.config.steps_offset
+        scheduler, config = self.noise_schedule, cast(Any, self.noise_schedule.config)
+        total = config.num_train_timesteps
+        most = total - config.steps_offset
         if not 1 <= steps <= most:
             raise UserError(f"sampler.steps = {steps}: this model takes 1…{most}")
         scheduler.set_timesteps(steps)
@@ -126,7 +134,7 @@ class TextToImage(ABC):
             timesteps=tuple(timesteps),
             alpha_bar=tuple(float(alpha_bar[t]) for t in timesteps),
             alpha_bar_prev=tuple(float(alpha_bar[t]) if t >= 0 else final for t in previous),
-            prediction_type=scheduler.config.prediction_type,
+            prediction_type=config.prediction_type,
         )
 
     def checkpointing(self, unet: bool, decoder: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffexp import __version__
 from diffexp.errors import UserError
 from diffexp.models.base import TextToImage
 from diffexp.randomness import generator
+from diffexp.version import __version__
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,10 +35,8 @@ def add(
     model: TextToImage, rank: int = 4, alpha: float | None = None, targets: tuple[str, ...] = ATTENTION, seed: int = 0
 ) -> None:
     """Adds a LoRA that changes nothing yet: A ~ N(0, 1/rank²), B = 0, float32. ``alpha`` defaults to the rank."""
-    config = LoraConfig(
-        r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets), init_lora_weights="gaussian"
-    )
-    attach(model, config)
+    strength: Any = rank if alpha is None else alpha  # peft's annotation says int, its arithmetic takes any number
+    attach(model, LoraConfig(r=rank, lora_alpha=strength, target_modules=list(targets), init_lora_weights="gaussian"))
     with torch.no_grad():
         for name, parameter in model.trainable():
             if ".lora_A." in name:
@@ -128,7 +127,7 @@ def kohya_header(model: TextToImage, config: LoraConfig, name: str) -> dict[str,
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(float(config.lora_alpha)),
         "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
-        "ss_v2": str(not xl and model.unet.config.cross_attention_dim == 1024),
+        "ss_v2": str(not xl and model.unet_config.cross_attention_dim == 1024),
         "ss_output_name": name,
         "ss_sd_model_name": model.source.name,
         "modelspec.sai_model_spec": "1.0.1",

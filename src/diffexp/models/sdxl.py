@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -55,8 +57,7 @@ class StableDiffusionXL(TextToImage):
     def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
         if pooled is None:
             raise ValueError("SDXL needs the pooled text embedding")
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = x.shape[-2] * scale, x.shape[-1] * scale
+        height, width = x.shape[-2] * self.pixels, x.shape[-1] * self.pixels
         # original size, crop corner, target size: an uncropped image of the size that is made
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
         added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids.expand(len(x), -1)}

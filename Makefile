@@ -1,0 +1,41 @@
+# `make demo`, `make test`, `make check`. The first of them makes .venv and installs everything into it.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+LORA := lora/pytorch_lora_weights.safetensors
+
+.PHONY: demo test check format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Two runs from the same seed, one without and one with exploration, and what tells them apart.
+demo: $(DEMO)/baseline/$(LORA) $(DEMO)/diffexp/$(LORA)
+	$(BIN)/diffexp compare $(DEMO)/baseline $(DEMO)/diffexp --out $(DEMO)/comparison
+	@echo "Look at $(DEMO)/comparison/curves.png and grid.png; the LoRA files are in $(DEMO)/diffexp/lora."
+
+$(DEMO)/baseline/$(LORA): .venv/installed
+	$(BIN)/diffexp train demo --out $(DEMO)/baseline
+
+$(DEMO)/diffexp/$(LORA): .venv/installed
+	$(BIN)/diffexp train demo-diffexp --out $(DEMO)/diffexp
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: .venv/installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv $(DEMO) build dist

@@ -1,0 +1,33 @@
+"""The emoji world: a miniature Stable Diffusion and its rewards, shipped with the package.
+
+``model/`` opens with ``StableDiffusionPipeline.from_pretrained``, ``alignment/`` with ``CLIPModel.from_pretrained``
+and ``judge/`` with ``VisionTextDualEncoderModel.from_pretrained``; no code of ours is needed. ``docs/emoji_world.md`` is
+the model card, ``tools/emoji`` builds everything from scratch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffexp.errors import UserError, unknown
+
+PARTS = ("model", "alignment", "aesthetic", "judge")
+
+
+def weights_path(part: str) -> Path:
+    """Where the weights of one part of the world lie: ``model``, ``alignment``, ``aesthetic`` or ``judge``.
+
+    Raises:
+        UserError: an unknown part, or an installation without its package data.
+    """
+    if part not in PARTS:
+        raise unknown("part of the emoji world", part, PARTS)
+    path = Path(__file__).parent / "weights" / part
+    if not path.is_dir():
+        raise UserError(f"the emoji world's {part!r} is not in {path}: reinstall, or run python -m tools.emoji build")
+    return path
+
+
+def model_path() -> Path:
+    """The folder of the miniature Stable Diffusion, a plain diffusers pipeline folder."""
+    return weights_path("model")

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffexp.config import AlignPropSettings, Recipe
+from diffexp.errors import UserError
+from diffexp.toml import parse_override, shipped
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "my.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(tmp_path: Path, text: str) -> str:
+    with pytest.raises(UserError) as caught:
+        Recipe.load(recipe(tmp_path, text))
+    return str(caught.value)
+
+
+def test_defaults_are_the_papers() -> None:
+    ddpo, alignprop = Recipe(), Recipe.parse({"algorithm": {"name": "alignprop"}}, "test")
+    assert (ddpo.sampler.steps, ddpo.sampler.guidance, ddpo.samples, ddpo.optimizer.learning_rate) == (
+        50,
+        5.0,
+        64,
+        3e-4,
+    )
+    assert (alignprop.sampler.guidance, alignprop.optimizer.learning_rate) == (7.5, 1e-3)
+    assert ddpo.optimizer.betas == alignprop.optimizer.betas == (0.9, 0.99)
+    assert ddpo.algorithm.clip == 1e-4
+    assert ddpo.exploration.until == 0.75
+    assert ddpo.exploration.guidance is None
+    assert ddpo.exploration.words is None
+    explored = Recipe.parse({"exploration": {"guidance": {}, "words": {}}}, "test").exploration
+    assert (explored.guidance.threshold, explored.words.low, explored.words.high) == (900, 1.0, 1.2)
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_shipped_recipes_are_valid_and_short(name: str) -> None:
+    assert Recipe.load(name).reward
+    assert len(shipped()[name]) > 10
+
+
+def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    for name in shipped():
+        resolved = Recipe.load(name, {"prompts": 'text:a "quoted" cät', "sampler.size": [64, 128]})
+        assert Recipe.load(recipe(tmp_path, resolved.to_toml())) == resolved
+
+
+def test_overrides_reach_every_depth() -> None:
+    changes = ["exploration.guidance.low=0", "seed=3", "lora.targets=['to_q']", "reward=jpeg-compressibility"]
+    changed = Recipe.load("emoji-ddpo-diffexp", dict(map(parse_override, changes)))
+    assert changed.exploration.guidance.low == 0
+    assert changed.exploration.guidance.fraction == 0.1
+    assert (changed.seed, changed.lora.targets, changed.reward) == (3, ("to_q",), "jpeg-compressibility")
+    assert isinstance(Recipe.load("emoji-ddpo", {"algorithm.name": "alignprop"}).algorithm, AlignPropSettings)
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    text = """
+    iterationz = 3
+    samples = 0
+    reward = "emoji-alignement"
+    prompts = "animal"
+    [sampler]
+    steps = 10
+    gidance = 3
+    [algorithm]
+    name = "alignprop"
+    last_steps = 20
+    [exploration.words]
+    low = 2.0
+    high = 1.0
+    [exploration.guidance]
+    threshold = 1200
+    """
+    message = complaint(tmp_path, text)
+    for part in (
+        "unknown key 'iterationz': did you mean 'iterations'?",
+        "samples = 0",
+        "did you mean 'emoji-alignment'?",
+        "did you mean 'animals'?",
+        "unknown key 'sampler.gidance': did you mean 'guidance'?",
+        "exploration.words: low = 2.0 is above high = 1.0",
+        "exploration.guidance.threshold = 1200",
+        "algorithm.last_steps = 20 is above sampler.steps = 10",
+    ):
+        assert part in message, message
+    assert len(message.splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("sampler.eta = 0", "needs a density"),
+        ('reward = "jpeg-compressibility"\nalgorithm.name = "alignprop"', "no gradient"),
+        ("exploration.guidance.low = 9", "above sampler.guidance = 5.0"),
+        ("samples = 10\nrollout.images_per_prompt = 4", "no multiple"),
+        ('algorithm.name = "alignprop"\nalgorithm.copies = 2', "DRaFT-LV"),
+        ("exploration.guidance = {threshold = 800, fraction = 0.2}", "leave one out"),
+        ('algorithm.name = "ppo"', "ddpo"),
+        ('algorithm.name = "alignprop"\nalgorithm.clip = 1', "unknown key 'algorithm.clip'"),
+        ('evaluation.prompts = ["animls"]', "did you mean 'animals'"),
+        ('evaluation.rewards = ["picscore"]', "did you mean 'pickscore'"),
+        ('iterations = "many"', "iterations"),
+        ("[[seed", "no valid TOML"),
+        ("model = 3", "model"),
+    ],
+)
+def test_each_mistake_is_named(tmp_path: Path, text: str, part: str) -> None:
+    assert part in complaint(tmp_path, text)
+
+
+def test_unknown_recipes_and_files() -> None:
+    with pytest.raises(UserError, match="did you mean 'emoji-ddpo'"):
+        Recipe.load("emoji-dppo")
+    with pytest.raises(UserError, match="can't read the recipe"):
+        Recipe.load("nowhere.toml")
+    with pytest.raises(UserError, match=r"section\.key=value"):
+        parse_override("seed")
+
+
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=2)
+)
+sections = st.sampled_from([*Recipe.model_fields, "nonsense"])
+inner = st.dictionaries(
+    st.sampled_from(["steps", "guidance", "name", "low", "words", "every", "x"]), values, max_size=3
+)
+
+
+@given(st.dictionaries(sections, st.one_of(values, inner), max_size=5))
+def test_any_tables_are_a_recipe_or_a_clear_error(data: dict[str, object]) -> None:
+    try:
+        Recipe.parse(data, "fuzz")
+    except UserError as error:
+        assert all(line.startswith("fuzz: ") for line in str(error).splitlines())

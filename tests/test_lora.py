@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import disturb
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffexp import models
+from diffexp.errors import UserError
+from diffexp.exploration import ConstantGuidance
+from diffexp.models import TextToImage, lora
+from diffexp.records import to_images
+from diffexp.rollout import Batch, Sampler
+
+
+def with_lora(model: TextToImage) -> TextToImage:
+    lora.add(model, rank=2, alpha=6, seed=3)
+    disturb(model)
+    return model
+
+
+def test_a_new_adapter_changes_nothing_and_its_seed_decides_it(model: TextToImage) -> None:
+    text, x = model.encode(["a cat"]), torch.ones(1, 4, 8, 8)
+    before, state = model.predict(x, 500, text, 5.0), torch.random.get_rng_state()
+    lora.add(model, rank=2, seed=1)
+    assert torch.equal(before, model.predict(x, 500, text, 5.0))
+    assert torch.equal(state, torch.random.get_rng_state()), "peft's own initialisation must not be seen outside"
+    down = torch.cat([p.detach().flatten() for name, p in model.trainable() if ".lora_A." in name])
+    assert down.std() == pytest.approx(0.5, rel=0.1), "1 / rank"
+
+
+def test_only_the_adapter_trains(model: TextToImage) -> None:
+    with_lora(model)
+    names = [name for name, _ in model.trainable()]
+    assert names
+    assert all(".lora_" in name for name in names)
+    frozen = [*model.vae.parameters(), *(p for e in model.text_encoders().values() for p in e.parameters())]
+    assert not any(p.requires_grad for p in frozen)
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("file", ["folder", "kohya"])
+def test_plain_diffusers_paints_the_same_image(
+    kind: str, file: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"{kind}_folder")
+    model = with_lora(models.load(str(folder)))
+    _, kohya = lora.save(model, tmp_path, "mine")
+    sampler = Sampler(model, model.schedule(4), model.latent_shape(), eta=0.0)
+    batch = Batch(["a cat"], model.encode(["a cat"]), ConstantGuidance(5.0), [(0,)])
+    path = sampler.rollout(batch, 1)
+
+    pipeline_class = StableDiffusionXLPipeline if kind == "xl" else StableDiffusionPipeline
+    pipeline = pipeline_class.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+
+    def paint() -> torch.Tensor:
+        return torch.from_numpy(
+            pipeline(
+                "a cat",
+                num_inference_steps=4,
+                guidance_scale=5.0,
+                latents=path.latents[0],
+                output_type="np",
+                **({"height": 16, "width": 16} if kind == "xl" else {}),
+            ).images
+        ).permute(0, 3, 1, 2)
+
+    without = paint()
+    if file == "folder":
+        pipeline.load_lora_weights(tmp_path, weight_name=lora.DIFFUSERS_FILE)
+    else:
+        pipeline.load_lora_weights(kohya)
+    tolerance = 1e-5 if file == "folder" else 1e-3  # the kohya file is float16
+    torch.testing.assert_close(paint(), path.images, rtol=0, atol=tolerance)
+    assert (paint() - without).abs().max() > 10 * tolerance, "the adapter must matter"
+
+
+def test_kohya_keys_are_complete_and_carry_the_true_alpha(model: TextToImage, tmp_path: Path) -> None:
+    with_lora(model)
+    _, kohya = lora.save(model, tmp_path, "mine")
+    tensors = load_file(kohya)
+    # the rule of ComfyUI and A1111: lora_unet_ + the module's path with underscores
+    modules = {name for name, module in model.unet.named_modules() if hasattr(module, "lora_A")}
+    expected = {
+        "lora_unet_" + name.replace(".", "_") + suffix
+        for name in modules
+        for suffix in (".lora_down.weight", ".lora_up.weight", ".alpha")
+    }
+    assert set(tensors) == expected
+    assert {float(t) for name, t in tensors.items() if name.endswith(".alpha")} == {6.0}
+    with safe_open(kohya, "pt") as file:
+        header = file.metadata()
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "6.0")
+
+
+def test_load_restores_what_save_wrote(sd_folder: Path, tmp_path: Path) -> None:
+    saved, _ = lora.save(with_lora(models.load(str(sd_folder))), tmp_path, "mine", {"diffexp.reward": "brightness"})
+    loaded = models.load(str(sd_folder))
+    lora.load(loaded, saved)
+    reference = with_lora(models.load(str(sd_folder)))
+    text, x = loaded.encode(["a cat"]), torch.ones(1, 4, 8, 8)
+    assert torch.equal(loaded.predict(x, 500, text, 5.0), reference.predict(x, 500, text, 5.0))
+    with safe_open(saved, "pt") as file:
+        header = file.metadata()
+    assert header["diffexp.reward"] == "brightness"
+    assert json.loads(header[lora.METADATA_KEY])["unet.lora_alpha"] == 6
+
+
+def test_foreign_files_are_refused(sd_folder: Path, tmp_path: Path) -> None:
+    model = models.load(str(sd_folder))
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"no tensors here")
+    with pytest.raises(UserError, match="can't read the LoRA"):
+        lora.load(model, bad)
+    save_file({"weight": torch.ones(1)}, bad)
+    with pytest.raises(UserError, match="no LoRA"):
+        lora.load(model, bad)
+    lora.add(model, rank=2)
+    with pytest.raises(UserError, match="does not fit"):
+        lora.set_state(model, {"weight": torch.ones(1)})
+
+
+def test_images_are_rounded_not_cut() -> None:
+    picture = to_images(torch.full((1, 3, 2, 2), 0.999))[0]
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
