@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ class EmojiAlignment(_Similarity):
 class EmojiJudge(_Similarity):
     """The held-out judge, as ImageReward is the paper's: another architecture, seed and data split than the CLIP's.
 
-    A ResNet beside a bidirectional BERT; 10 × their cosine. No training ever sees it: use it to evaluate only.
+    A ConvNeXt beside a bidirectional BERT; 10 × their cosine. No training ever sees it: use it to evaluate only.
     """
 
     name = "emoji-judge"
