@@ -2,7 +2,7 @@
 
     python -m tools.first_results --out runs/first --workers 2
 
-Interrupted runs go on where they stopped, finished ones are skipped, and the comparisons are drawn at the end. Every run
+Interrupted runs go on where they stopped, finished ones are skipped, and the comparisons are drawn at the end. Each run
 has one thread: two at a time use two cores better than one with two threads.
 """
 
