@@ -74,7 +74,7 @@ def test_plain_diffusers_paints_the_same_image(
 
     without = paint()
     if file == "folder":
-        pipeline.load_lora_weights(tmp_path, weight_name=lora.DIFFUSERS_FILE)
+        pipeline.load_lora_weights(tmp_path)
     else:
         pipeline.load_lora_weights(kohya)
     tolerance = 1e-5 if file == "folder" else 1e-3  # the kohya file is float16
