@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from diffexp import checkpoint, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
+from diffexp.interruption import Interrupted
 from diffexp.reporter import Reporter
 from diffexp.training import Training
 
@@ -167,6 +169,24 @@ def test_a_bad_reward_names_iteration_and_prompt_and_loses_nothing(sd_folder: Pa
     state = checkpoint.read_newest(tmp_path / "run" / "checkpoints")
     assert state.numbers["iteration"] == 2
     assert all(tensor.isfinite().all() for tensor in state.tensors.values())
+
+
+class Signal(Reporter):
+    """Sends this process a signal during an iteration."""
+
+    def stepped(self, record: Any) -> None:
+        if record["iteration"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_saves_and_the_run_goes_on_exactly(sd_folder: Path, tmp_path: Path) -> None:
+    settings = recipe(sd_folder, **{"checkpoint.every": 4})
+    whole = contents(train(settings, tmp_path / "whole"))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped after iteration 2 of 4"):
+        train(settings, tmp_path / "run", Signal())
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert contents(train(settings, tmp_path / "run")) == whole
 
 
 def test_a_damaged_checkpoint_is_passed_over(sd_folder: Path, tmp_path: Path) -> None:

@@ -174,8 +174,8 @@ def main() -> None:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped: the same command again goes on from the newest checkpoint", err=True)
+    except KeyboardInterrupt as stop:
+        typer.echo(f"{stop or 'stopped'}: the same command again goes on from the newest checkpoint", err=True)
         sys.exit(130)
 
 

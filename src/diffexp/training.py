@@ -15,6 +15,7 @@ from diffexp import assembly, checkpoint, prompts, rewards
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
+from diffexp.interruption import Interrupted, Interruption
 from diffexp.models import lora
 from diffexp.randomness import generator
 from diffexp.records import CONFIG, EVALUATIONS, METRICS, JsonLines, grid, save_images, to_images
@@ -49,15 +50,17 @@ class Training:
         """Trains to the end, from the newest checkpoint if there is one; returns the run folder."""
         self.open_folder()
         self.reporter.started(self.recipe, self.folder, self.iteration)
-        with Trackers(self.recipe, self.folder) as self.trackers:
+        with Trackers(self.recipe, self.folder) as self.trackers, Interruption() as interruption:
             if self.iteration == 0:
                 self.calibrate()
                 self.observe()
             while self.iteration < self.recipe.iterations:
                 self.step()
                 self.observe()
-                if self.due(self.recipe.checkpoint.every):
+                if interruption.requested or self.due(self.recipe.checkpoint.every):
                     self.save()
+                if interruption.requested and self.iteration < self.recipe.iterations:
+                    raise Interrupted(f"stopped after iteration {self.iteration} of {self.recipe.iterations}")
         self.reporter.finished(self.folder)
         return self.folder
 
