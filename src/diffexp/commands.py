@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from diffexp import assembly, study
@@ -77,7 +78,10 @@ def evaluate(
     wanted = {"images": images, "prompts": prompts or None, "rewards": rewards or None}
     settings = recipe.evaluation.model_dump() | {key: value for key, value in wanted.items() if value is not None}
     recipe = Recipe.parse(recipe.model_dump(mode="json") | {"evaluation": settings}, "evaluate")
-    scores = assembly.evaluator(recipe, sampler)()
+    evaluator = assembly.evaluator(recipe, sampler)
+    if not as_json and console.is_terminal:
+        evaluator = evaluator._replace(watch=lambda batches: track(batches, "sampling", console=console, transient=True))
+    scores = evaluator()
     if as_json:
         console.print_json(json.dumps([result._asdict() for result in scores]))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class Evaluator(NamedTuple):
     rewards: Mapping[str, Reward]
     images: int = 10
     batch: int = 8
+    watch: Callable[[list[Batch]], Iterable[Batch]] = iter  # sees every batch go by: for a progress bar
 
     def __call__(self) -> list[Score]:
         """One score for each prompt set and reward."""
@@ -43,7 +44,7 @@ class Evaluator(NamedTuple):
     def scores(self, name: str) -> Iterator[Score]:
         """The scores of one prompt set, under every reward."""
         values: dict[str, list[torch.Tensor]] = {reward: [] for reward in self.rewards}
-        for chunk in self.task(name).chunks(self.batch):
+        for chunk in self.watch(list(self.task(name).chunks(self.batch))):
             images = self.sampler.rollout(chunk, self.batch).images
             for reward, function in self.rewards.items():
                 with torch.no_grad():

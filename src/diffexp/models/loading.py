@@ -58,7 +58,7 @@ def load(
                 model = cls.from_pretrained(folder, subfolder=subfolder, **{dtype_option: dtype}, **options)
         except OSError as error:
             raise UserError(f"model.path = {name!r}: can't open {subfolder}: {one_line(error)}") from error
-        return model.to(device)
+        return model.to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
 
     common = (
         part(UNet2DConditionModel, "unet", dtype),
