@@ -80,7 +80,7 @@ def evaluate(
     recipe = Recipe.parse(recipe.model_dump(mode="json") | {"evaluation": settings}, "evaluate")
     evaluator = assembly.evaluator(recipe, sampler)
     if not as_json and console.is_terminal:
-        evaluator = evaluator._replace(watch=lambda batches: track(batches, "sampling", console=console, transient=True))
+        evaluator = evaluator._replace(watch=lambda batches: track(batches, "sampling", console=console))
     scores = evaluator()
     if as_json:
         console.print_json(json.dumps([result._asdict() for result in scores]))

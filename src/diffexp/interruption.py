@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the iteration they fall into, with everything saved; a second one ends it at once."""
+"""Ctrl-C and SIGTERM end a run after the current iteration, with everything saved; a second one ends it at once."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The emoji world: a miniature Stable Diffusion and its rewards, shipped with the package.
 
 ``model/`` opens with ``StableDiffusionPipeline.from_pretrained``, ``alignment/`` with ``CLIPModel.from_pretrained``
-and ``judge/`` with ``VisionTextDualEncoderModel.from_pretrained``; no code of ours is needed. ``docs/emoji_world.md`` is
-the model card, ``tools/emoji`` builds everything from scratch.
+and ``judge/`` with ``VisionTextDualEncoderModel.from_pretrained``; no code of ours is needed.
+``docs/emoji_world.md`` is the model card, ``tools/emoji`` builds everything from scratch.
 """
 
 from __future__ import annotations
