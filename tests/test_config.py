@@ -141,3 +141,25 @@ def test_any_tables_are_a_recipe_or_a_clear_error(data: dict[str, object]) -> No
         Recipe.parse(data, "fuzz")
     except UserError as error:
         assert all(line.startswith("fuzz: ") for line in str(error).splitlines())
+
+
+def test_a_recipe_stands_on_its_base(tmp_path: Path) -> None:
+    recipe(tmp_path, 'base = "emoji-ddpo-diffexp"\nsamples = 8\n[exploration.words]\nhigh = 1.5')
+    (tmp_path / "child.toml").write_text('base = "my.toml"\niterations = 7\n[sampler]\nsteps = 5')
+    child, base = Recipe.load(tmp_path / "child.toml"), Recipe.load("emoji-ddpo-diffexp")
+    assert (child.iterations, child.samples, child.sampler.steps) == (7, 8, 5)
+    assert (child.exploration.words.high, child.exploration.guidance) == (1.5, base.exploration.guidance)
+    assert child.evaluation == base.evaluation
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ('"my.toml"', "is its own base"),
+        ('"emoji-dddpo"', "unknown recipe"),
+        ('"other.toml"', "can't read the recipe"),
+        ("3", "give the name of a recipe"),
+    ],
+)
+def test_a_base_that_is_none(base: str, message: str, tmp_path: Path) -> None:
+    assert message in complaint(tmp_path, f"base = {base}")

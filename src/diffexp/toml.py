@@ -27,22 +27,51 @@ def shipped() -> dict[str, str]:
 
 
 def read_toml(source: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file or of a shipped recipe.
+    """The tables of a TOML file or of a shipped recipe, over those of its ``base``.
+
+    ``base = "sd15-ddpo"`` names the recipe, shipped or a file beside this one, whose settings hold where this one is
+    silent.
 
     Raises:
-        UserError: if there is neither, or it is no TOML.
+        UserError: if there is neither, it is no TOML, or it is its own base.
     """
-    name = str(source)
+    return _with_base(str(source), ())
+
+
+def _with_base(name: str, above: tuple[str, ...]) -> dict[str, Any]:
+    if name in above:
+        raise UserError(f"base = {name!r}: the recipe is its own base ({' → '.join((*above, name))})")
+    data = _tables(name)
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise UserError(f"{name}: base = {base!r}: give the name of a recipe, or a TOML file")
+    if base not in shipped() and name not in shipped():
+        base = str(Path(name).parent / base)
+    return merged(_with_base(base, (*above, name)), data)
+
+
+def _tables(name: str) -> dict[str, Any]:
     if name in shipped():
         return tomllib.loads((files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"))
     if not name.endswith(".toml"):
         raise unknown("recipe", name, shipped(), "`diffexp recipes` lists them; a file's name must end in .toml")
     try:
-        return tomllib.loads(Path(source).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read the recipe {name}: {error.strerror}") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"the recipe {name} is no valid TOML: {error}") from error
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables over nested tables: sections are merged, values of ``above`` win."""
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
+            both[key] = merged(below[key], above[key])
+    return both
 
 
 def assign(data: dict[str, Any], key: str, value: Any) -> None:
