@@ -97,6 +97,5 @@ class LiveReporter(PlainReporter):
     def evaluating(self, iteration: int) -> None:
         self.progress.update(self.task, description="evaluating …")
 
-    def finished(self, folder: Path) -> None:
+    def closed(self) -> None:
         self.progress.stop()
-        super().finished(folder)

@@ -32,3 +32,6 @@ class Reporter:
 
     def finished(self, folder: Path) -> None:
         """The run is complete."""
+
+    def closed(self) -> None:
+        """Training is over for now, complete or not; nothing more will be told."""

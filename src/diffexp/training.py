@@ -50,19 +50,27 @@ class Training:
         """Trains to the end, from the newest checkpoint if there is one; returns the run folder."""
         self.open_folder()
         self.reporter.started(self.recipe, self.folder, self.iteration)
-        with Trackers(self.recipe, self.folder) as self.trackers, Interruption() as interruption:
-            if self.iteration == 0:
-                self.calibrate()
-                self.observe()
-            while self.iteration < self.recipe.iterations:
-                self.step()
-                self.observe()
-                if interruption.requested or self.due(self.recipe.checkpoint.every):
-                    self.save()
-                if interruption.requested and self.iteration < self.recipe.iterations:
-                    raise Interrupted(f"stopped after iteration {self.iteration} of {self.recipe.iterations}")
-        self.reporter.finished(self.folder)
+        try:
+            with Trackers(self.recipe, self.folder) as self.trackers, Interruption() as interruption:
+                self.loop(interruption)
+            self.reporter.finished(self.folder)
+        finally:
+            self.reporter.closed()
         return self.folder
+
+    def loop(self, interruption: Interruption) -> None:
+        """All iterations that are left, each with what is due after it."""
+        total = self.recipe.iterations
+        if self.iteration == 0:
+            self.calibrate()
+            self.observe()
+        while self.iteration < total:
+            self.step()
+            self.observe()
+            if interruption.requested or self.due(self.recipe.checkpoint.every):
+                self.save()
+            if interruption.requested and self.iteration < total:
+                raise Interrupted(f"stopped after iteration {self.iteration} of {total}")
 
     def step(self) -> None:
         """One iteration: sample with exploration, score, update, and a line in ``metrics.jsonl``."""

@@ -50,10 +50,12 @@ class _Similarity(nn.Module):
         """L2-normalised features (B, D) of prompts; each different prompt is encoded once."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.texts]
         if new:
-            ids = self.tokenizer(
+            tokens = self.tokenizer(
                 new, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-            ).input_ids
-            features = self.model.get_text_features(input_ids=ids.to(self.device)).pooler_output
+            ).to(self.device)
+            features = self.model.get_text_features(
+                tokens.input_ids, attention_mask=tokens.attention_mask
+            ).pooler_output
             self.texts |= dict(zip(new, F.normalize(features, dim=-1), strict=True))
         return torch.stack([self.texts[prompt] for prompt in prompts])
 
