@@ -87,7 +87,7 @@ class LiveReporter(PlainReporter):
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        self.progress = Progress(*columns, console=self.console)
+        self.progress = Progress(*columns, console=self.console, speed_estimate_period=600)
         self.task = self.progress.add_task("", total=recipe.iterations, completed=iteration)
         self.progress.start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,8 +18,8 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """A context that turns the first signal into ``requested`` and lets the second one through."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.announce, self.requested = announce, False
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -35,3 +36,4 @@ class Interruption:
         """The handler of the first signal."""
         self.requested = True
         self.__exit__(None, None, None)
+        self.announce("finishing the iteration, then saving; once more to stop at once")

@@ -51,7 +51,7 @@ class Training:
         self.open_folder()
         self.reporter.started(self.recipe, self.folder, self.iteration)
         try:
-            with Trackers(self.recipe, self.folder) as self.trackers, Interruption() as interruption:
+            with Trackers(self.recipe, self.folder) as self.trackers, Interruption(self.reporter.warned) as interruption:
                 self.loop(interruption)
             self.reporter.finished(self.folder)
         finally:
