@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 
 import torch
@@ -48,6 +49,9 @@ def main() -> None:
     length.add_argument("--minutes", type=float, help="training time of a stage in all, resumptions included")
     length.add_argument("--steps", type=int, help="training steps of a stage in all, resumptions included")
     arguments = parser.parse_args()
+
+    if "WORLD_SIZE" in os.environ:  # under torchrun: the painter's batches are shared among the processes
+        torch.distributed.init_process_group("gloo")
 
     def budget(stage: str) -> Budget:
         if arguments.steps:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,11 @@ def save(tensors: dict[str, torch.Tensor], path: Path, **metadata: Any) -> None:
     partial.replace(path)
 
 
+def rank() -> int:
+    """The number of this process in a run under ``torchrun``, 0 otherwise."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 class Training:
     """A training that stops when its budget is spent and goes on where it stopped.
 
@@ -75,14 +81,15 @@ class Training:
             self._load()
 
     def __iter__(self) -> Iterator[int]:
-        started, saved = time.monotonic() - self.seconds, time.monotonic()
+        started = saved = time.monotonic()
         while (spent := self.budget.spent(self.step, self.seconds)) < 1:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.peak, spent)
             yield self.step
             self.step += 1
-            self.seconds = time.monotonic() - started
-            if self.step % 50 == 0:
+            now = time.monotonic()
+            self.seconds, started = self.seconds + now - started, now
+            if self.step % 50 == 0 and rank() == 0:
                 print(f"{self.name}: step {self.step}, {self.seconds / 60:.1f} min, loss {self.smooth:.4f}", flush=True)
             if time.monotonic() - saved > 120:
                 self.save()
@@ -93,6 +100,8 @@ class Training:
         """One optimiser step on ``loss``."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if dist.is_initialized():
+            self._share()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         value = loss.item()
@@ -103,8 +112,20 @@ class Training:
                 list(self.averaged.values()), [p.detach() for p in self.parameters.values()], 1 - decay
             )
 
+    def _share(self) -> None:
+        """Average the gradients, and the time spent, over the processes of a run under ``torchrun``."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients] + [gradients[0].new_tensor([self.seconds])])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        self.seconds = flat[-1].item()
+        for gradient, share in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(share.view_as(gradient))
+
     def save(self) -> None:
         """Write model, averages and optimiser in one file."""
+        if rank() != 0:
+            return
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"average.{n}": t for n, t in self.averaged.items()}
         for name, parameter in self.parameters.items():

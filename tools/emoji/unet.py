@@ -12,10 +12,10 @@ from transformers import CLIPTextModel
 from diffexp.emoji.vocabulary import ALL_ANIMALS, with_article
 from diffexp.emoji.vocabulary import scenes as all_scenes
 from tools.emoji import clip, scenes, tokenizer, vae
-from tools.emoji.common import WORK, Budget, Training, save, trained
+from tools.emoji.common import WORK, Budget, Training, rank, save, trained
 from tools.emoji.groupnorm import speed_up
 
-BATCH = 64
+BATCH = 32
 PEAK = 1e-3
 CAPTION_DROPOUT = 0.1
 SNR_CEILING = 5.0
@@ -110,9 +110,9 @@ def train(budget: Budget, device: str) -> None:
     alphas = scheduler().alphas_cumprod.to(device)
     weights = snr_weights(alphas)
     for step in training:
-        rng = np.random.default_rng((40, step))
+        rng = np.random.default_rng((40, step, rank()))
         chosen = rng.integers(len(latents), size=BATCH)
-        generator = torch.Generator(device).manual_seed(40 + step)
+        generator = torch.Generator(device).manual_seed(1000 * step + rank())
         clean = latents[chosen].to(device).float().contiguous(memory_format=torch.channels_last)
         text = states[classes[chosen], rng.integers(4, size=BATCH)].clone()
         text[torch.from_numpy(rng.random(BATCH) < CAPTION_DROPOUT).to(device)] = empty

@@ -150,7 +150,7 @@ def reconstruct(model: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -> 
         return torch.cat([model.decode(chunk).sample.float().clamp(-1, 1).cpu() for chunk in latents.split(batch)])
 
 
-def reconstructions(split: str, count: int = 4096) -> Tensor:
+def reconstructions(split: str, count: int = 3072) -> Tensor:
     """The first pictures of a split after the way through the latents, uint8 (count, 3, 64, 64); computed once."""
     store = WORK / f"rebuilt-{split}.safetensors"
     if not store.exists():
