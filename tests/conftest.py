@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from tiny import write_pipeline
 
 from diffexp import models, rollout
-from diffexp.algorithms import alignprop
+from diffexp.algorithms import alignprop, rwr
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Sampler
 
@@ -52,8 +52,8 @@ def double(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> Sampler:
     sampler.model.unet.double()
     sampler.model.vae.double()
     draw = rollout.randn
-    monkeypatch.setattr(rollout, "randn", lambda *args: draw(*args).double())
-    monkeypatch.setattr(alignprop, "randn", lambda *args: draw(*args).double())
+    for module in (rollout, alignprop, rwr):
+        monkeypatch.setattr(module, "randn", lambda *args: draw(*args).double())
     return sampler
 
 

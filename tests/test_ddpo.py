@@ -110,7 +110,7 @@ def test_memory_settings_change_no_update(double: Sampler, sizes: tuple[int, int
 
 def test_minibatches_use_every_sample_once(sampler: Sampler) -> None:
     parts = ddpo(sampler, minibatches=3).split(explored(sampler.model, 1.0), epoch=0)
-    assert sorted(row for rows, _ in parts for row in rows) == [0, 1, 2, 3]
+    assert sorted(row for rows in parts for row in rows) == [0, 1, 2, 3]
     assert len(parts) == 3
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 
 from diffexp import models, prompts, rewards
-from diffexp.algorithms import DDPO, Algorithm, AlignProp
+from diffexp.algorithms import DDPO, Algorithm, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.algorithms.advantages import PromptAdvantages
 from diffexp.algorithms.base import Scorer
-from diffexp.config import AlignPropSettings, DDPOSettings, Recipe
+from diffexp.config import AlignPropSettings, DDPOSettings, Recipe, ReFLSettings, RWRSettings
 from diffexp.errors import UserError
 from diffexp.evaluation import Evaluator
 from diffexp.exploration import Exploration, StepGuidance, WordWeighting
@@ -103,7 +103,21 @@ def alignprop(
     )
 
 
-ALGORITHMS: dict[type, Callable[..., Algorithm]] = {DDPOSettings: ddpo, AlignPropSettings: alignprop}
+def refl(recipe: Recipe, settings: ReFLSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
+    return ReFL(on, optimiser, scorer, settings.last_steps, recipe.update.batch)
+
+
+def rwr(recipe: Recipe, settings: RWRSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
+    batches = (recipe.rollout.batch, recipe.update.batch)
+    return RewardWeightedRegression(on, optimiser, scorer, settings.temperature, settings.draws, *batches)
+
+
+ALGORITHMS: dict[type, Callable[..., Algorithm]] = {
+    DDPOSettings: ddpo,
+    AlignPropSettings: alignprop,
+    ReFLSettings: refl,
+    RWRSettings: rwr,
+}
 
 
 def algorithm(recipe: Recipe, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:

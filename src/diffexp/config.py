@@ -18,11 +18,13 @@ from diffexp.toml import assign, read_toml, toml_lines
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
-# The appendix of the paper, where the two algorithms differ: learning rate and guidance scale. AlignProp's gradient
+# The appendix of the paper, where its two algorithms differ: learning rate and guidance scale. AlignProp's gradient
 # norm is bounded by 5 in its own code.
 ALGORITHM_DEFAULTS: dict[str, dict[str, dict[str, float]]] = {
     "ddpo": {"optimizer": {"learning_rate": 3e-4, "max_grad_norm": 1.0}, "sampler": {"guidance": 5.0}},
     "alignprop": {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 5.0}, "sampler": {"guidance": 7.5}},
+    "refl": {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 5.0}, "sampler": {"guidance": 7.5}},
+    "rwr": {"optimizer": {"learning_rate": 3e-4, "max_grad_norm": 1.0}, "sampler": {"guidance": 5.0}},
 }
 
 
@@ -137,6 +139,20 @@ class AlignPropSettings(Settings):
         return self
 
 
+class ReFLSettings(Settings):
+    name: Literal["refl"] = "refl"
+    last_steps: Positive = 10
+    """The one step that learns is drawn from the last so many (ReFL: 10 of 40)."""
+
+
+class RWRSettings(Settings):
+    name: Literal["rwr"] = "rwr"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Weights are exp(reward / temperature), in units of the rewards' own spread."""
+    draws: Positive = 4
+    """Timesteps at which each sample is denoised."""
+
+
 class OptimizerSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
@@ -201,7 +217,9 @@ class Recipe(Settings):
     lora: LoraSettings = LoraSettings()
     sampler: SamplerSettings = SamplerSettings()
     exploration: ExplorationSettings = ExplorationSettings()
-    algorithm: Annotated[DDPOSettings | AlignPropSettings, Field(discriminator="name")] = DDPOSettings()
+    algorithm: Annotated[DDPOSettings | AlignPropSettings | ReFLSettings | RWRSettings, Field(discriminator="name")] = (
+        DDPOSettings()
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     rollout: RolloutSettings = RolloutSettings()
     update: UpdateSettings = UpdateSettings()
@@ -253,12 +271,12 @@ class Recipe(Settings):
                 f"exploration.guidance.low = {guidance.low} is above sampler.guidance = {self.sampler.guidance}: "
                 "exploration starts low (Eq. 7)"
             )
-        if isinstance(algorithm, AlignPropSettings):
+        if isinstance(algorithm, AlignPropSettings | ReFLSettings):
             if (algorithm.last_steps or 1) > steps:
                 yield f"algorithm.last_steps = {algorithm.last_steps} is above sampler.steps = {steps}: at most {steps}"
             if rewards.is_differentiable(self.reward) is False:
-                yield f"reward = {self.reward!r} has no gradient, which alignprop needs: take ddpo, or another reward"
-        elif self.sampler.eta == 0:
+                yield f"reward = {self.reward!r} has no gradient, which {algorithm.name} needs: take another, or ddpo"
+        elif isinstance(algorithm, DDPOSettings) and self.sampler.eta == 0:
             yield "sampler.eta = 0 is deterministic, and ddpo needs a density: take eta = 1"
         if self.samples % self.rollout.images_per_prompt:
             yield (

@@ -34,6 +34,16 @@ class Transition(NamedTuple):
         z = (x.float() - self.mean.float()) / self.std
         return (-0.5 * z**2 - math.log(self.std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
+    def kl(self, other: Transition) -> Float[Tensor, " B"]:
+        """KL(this ‖ other) of two transitions with the same deviation, averaged over C·H·W like ``log_prob``.
+
+        Raises:
+            ValueError: if the step is deterministic.
+        """
+        if self.std == 0:
+            raise ValueError("a deterministic step has no KL divergence: use eta > 0")
+        return ((self.mean.float() - other.mean.float()) ** 2 / (2 * self.std**2)).flatten(1).mean(1)
+
 
 class NoiseSchedule(NamedTuple):
     """The steps of a sampler: step i goes from timestep t[i], with signal ᾱ_t = alpha_bar[i], to alpha_bar_prev[i]."""
@@ -54,6 +64,15 @@ class NoiseSchedule(NamedTuple):
         """x_t of step i from a clean latent: the forward process √ᾱ_t x_0 + √(1−ᾱ_t) ε."""
         a = self.alpha_bar[i]
         return math.sqrt(a) * x_0 + math.sqrt(1 - a) * noise
+
+    def target(
+        self, x_0: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], i: int
+    ) -> Float[Tensor, "B C H W"]:
+        """What the network should say of ``noised(x_0, noise, i)``: ε, v = √ᾱ_t ε − √(1−ᾱ_t) x_0, or x_0."""
+        a = self.alpha_bar[i]
+        if self.prediction_type == "epsilon":
+            return noise
+        return math.sqrt(a) * noise - math.sqrt(1 - a) * x_0 if self.prediction_type == "v_prediction" else x_0
 
 
 def ddim(

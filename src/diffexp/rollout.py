@@ -92,15 +92,17 @@ class Sampler:
         """w(t) at each of the sampler's timesteps."""
         return tuple(float(guidance(t)) for t in self.schedule.timesteps)
 
-    def denoise(self, batch: Batch, learn: Sequence[bool] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def denoise(
+        self, batch: Batch, learn: Sequence[bool] | None = None, until: int | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """All latents x_T … x_0 (T+1 of them), and each step's log-probabilities (T; NaN where deterministic).
 
         ``learn[i]`` says whether a gradient reaches the network at step i (default: everywhere that gradients are
-        enabled). No graph exists before the first such step.
+        enabled). No graph exists before the first such step. ``until`` stops before the step of that index.
         """
         noise = batch.generators("noise")
         latents, log_probs = [randn(noise, self.latent, self.model.device)], []
-        for i, w in enumerate(self.scales(batch.guidance)):
+        for i, w in enumerate(self.scales(batch.guidance)[:until]):
             step = self.transition(latents[-1], i, batch.text, w, learn is None or learn[i])
             latents.append(step.sample(randn(noise, self.latent, self.model.device)))
             with torch.no_grad():

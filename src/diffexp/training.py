@@ -38,8 +38,9 @@ class Training:
         self.sampler = assembly.sampler(recipe, self.model)
         self.exploration = assembly.exploration(recipe, self.sampler)
         self.reward = rewards.load(recipe.reward, self.model.device)
-        if recipe.algorithm.name == "alignprop" and not self.reward.differentiable:
-            raise UserError(f"reward = {recipe.reward!r} has no gradient, which alignprop needs: take ddpo instead")
+        if recipe.algorithm.name in ("alignprop", "refl") and not self.reward.differentiable:
+            needs = f"which {recipe.algorithm.name} needs: take ddpo instead"
+            raise UserError(f"reward = {recipe.reward!r} has no gradient, {needs}")
         self.evaluate = assembly.evaluator(recipe, self.sampler, {recipe.reward: self.reward})
         assembly.add_lora(recipe, self.model)
         self.learner = assembly.learner(recipe, self.model)
@@ -51,7 +52,10 @@ class Training:
         self.open_folder()
         self.reporter.started(self.recipe, self.folder, self.iteration)
         try:
-            with Trackers(self.recipe, self.folder) as self.trackers, Interruption(self.reporter.warned) as interruption:
+            with (
+                Trackers(self.recipe, self.folder) as self.trackers,
+                Interruption(self.reporter.warned) as interruption,
+            ):
                 self.loop(interruption)
             self.reporter.finished(self.folder)
         finally:

@@ -3,5 +3,7 @@
 from diffexp.algorithms.alignprop import AlignProp
 from diffexp.algorithms.base import Algorithm
 from diffexp.algorithms.ddpo import DDPO
+from diffexp.algorithms.refl import ReFL
+from diffexp.algorithms.rwr import RewardWeightedRegression
 
-__all__ = ["DDPO", "Algorithm", "AlignProp"]
+__all__ = ["DDPO", "Algorithm", "AlignProp", "ReFL", "RewardWeightedRegression"]

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
 from diffexp.algorithms.base import Metrics, Scorer, reward_metrics
+from diffexp.diffusion import Transition
 from diffexp.learner import Learner
 from diffexp.randomness import generator
 from diffexp.rollout import Batch, Sampler, Trajectory
+from diffexp.text import TextEmbedding
 
 
 def clipped_policy_loss(
@@ -37,7 +39,8 @@ class DDPO:
 
     ``clip`` is ξ above, ``advantage_clip`` bounds |A|. Each of ``inner_epochs`` passes over the batch takes
     ``minibatches`` optimiser steps. ``rollout_batch`` and ``update_batch`` bound memory and change nothing else.
-    ``min_timestep`` leaves the steps at t below it out of the loss (0: none; ours, not the paper's).
+    ``min_timestep`` leaves the steps at t below it out of the loss (0: none; ours, not the paper's). ``kl`` > 0 adds
+    that many times KL(p_θ ‖ p_base) of every transition: DPOK (Fan et al. 2023), at the cost of one more forward pass.
     """
 
     sampler: Sampler
@@ -49,6 +52,7 @@ class DDPO:
     minibatches: int = 2
     advantages: PromptAdvantages | None = None
     min_timestep: int = 0
+    kl: float = 0.0
     rollout_batch: int = 8
     update_batch: int = 8
 
@@ -59,9 +63,9 @@ class DDPO:
         advantages = self.advantage(batch, rewards)
         metrics = reward_metrics(rewards, queries=len(rewards))
         updates = [
-            self.update(batch, trajectory, advantages, rows, share)
+            self.update(trajectory, advantages, rows)
             for epoch in range(self.inner_epochs)
-            for rows, share in self.split(batch, epoch)
+            for rows in self.split(batch, epoch)
         ]
         for key in updates[0]:
             metrics[key] = sum(update[key] for update in updates) / len(updates)
@@ -72,11 +76,17 @@ class DDPO:
         raw = self.advantages(batch.prompts, rewards) if self.advantages else batch_advantages(rewards)
         return raw.clamp(-self.advantage_clip, self.advantage_clip)
 
-    def split(self, batch: Batch, epoch: int) -> list[tuple[list[int], int]]:
-        """The samples in random order, in ``minibatches`` parts; with each part its size."""
+    def split(self, batch: Batch, epoch: int) -> list[list[int]]:
+        """The samples in ``minibatches`` random parts."""
         shuffle = generator(*batch.keys[0], "minibatches", epoch)
         order = torch.randperm(len(batch.prompts), generator=shuffle)
-        return [(sorted(part.tolist()), len(part)) for part in order.tensor_split(self.minibatches) if len(part)]
+        return [sorted(part.tolist()) for part in order.tensor_split(self.minibatches) if len(part)]
+
+    def divergence(self, step: Transition, x_t: Tensor, i: int, text: TextEmbedding, w: float) -> Tensor:
+        """KL of a transition to the one that the untouched model would make, (B,)."""
+        with torch.no_grad(), self.sampler.model.base():
+            base = self.sampler.transition(x_t, i, text, w)
+        return step.kl(base)
 
     def learned_steps(self) -> list[int]:
         """The steps that the loss looks at: all that have a density."""
@@ -87,27 +97,37 @@ class DDPO:
             if t >= self.min_timestep and schedule.std(i, self.sampler.eta) > 0
         ]
 
-    def update(self, batch: Batch, trajectory: Trajectory, advantages: Tensor, rows: list[int], share: int) -> Metrics:
+    def update(self, trajectory: Trajectory, advantages: Tensor, rows: list[int]) -> Metrics:
         """One optimiser step on the transitions of some samples. Gradients flow through both halves of the guidance."""
         steps = self.learned_steps()
-        total = {"loss": 0.0, "ratio_deviation": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0}
+        means: Metrics = {}
         for start in range(0, len(rows), self.update_batch):
             micro = rows[start : start + self.update_batch]
-            text, advantage = trajectory.text.select(micro), advantages[micro]
             for i in steps:
-                x_t, x_prev = trajectory.latents[i, micro], trajectory.latents[i + 1, micro]
-                log_prob = self.sampler.transition(x_t, i, text, trajectory.scales[i]).log_prob(x_prev)
-                old = trajectory.log_probs[i, micro]
-                loss = clipped_policy_loss(log_prob, old, advantage, self.clip).sum() / (share * len(steps))
-                self.learner.backward(loss)
-                with torch.no_grad():
-                    deviation = (log_prob - old).exp() - 1
-                    weight = 1 / (share * len(steps))
-                    total["loss"] += float(loss)
-                    total["ratio_deviation"] += float(deviation.abs().sum()) * weight
-                    total["clip_fraction"] += float((deviation.abs() > self.clip).sum()) * weight
-                    total["approx_kl"] += float(((log_prob - old) ** 2).sum()) * weight / 2
-        return {**total, "grad_norm": self.learner.step()}
+                figures = self.figures(trajectory, i, micro, advantages[micro])
+                shares = {key: figure.sum() / (len(rows) * len(steps)) for key, figure in figures.items()}
+                self.learner.backward(shares["loss"])
+                means = {key: means.get(key, 0.0) + share.item() for key, share in shares.items()}
+        return {**means, "grad_norm": self.learner.step()}
+
+    def figures(self, trajectory: Trajectory, i: int, rows: list[int], advantage: Tensor) -> dict[str, Tensor]:
+        """The loss of step i for some samples, with a graph, and what tells how far the policy has moved: each (B,)."""
+        x_t, x_prev, old = trajectory.latents[i, rows], trajectory.latents[i + 1, rows], trajectory.log_probs[i, rows]
+        text, w = trajectory.text.select(rows), trajectory.scales[i]
+        step = self.sampler.transition(x_t, i, text, w)
+        log_prob = step.log_prob(x_prev)
+        loss = clipped_policy_loss(log_prob, old, advantage, self.clip)
+        drift = (log_prob - old).detach()
+        figures = {
+            "loss": loss,
+            "ratio_deviation": drift.exp().sub(1).abs(),
+            "clip_fraction": (drift.exp().sub(1).abs() > self.clip).float(),
+            "approx_kl": drift.square() / 2,
+        }
+        if self.kl:
+            kl = self.divergence(step, x_t, i, text, w)
+            figures |= {"loss": loss + self.kl * kl, "kl_to_base": kl.detach()}
+        return figures
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must remember besides parameters and optimiser."""

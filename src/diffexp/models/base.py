@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -142,6 +143,15 @@ class TextToImage(ABC):
         if unet:
             self.unet.enable_gradient_checkpointing()
         self.checkpoint_decoder = decoder
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """A context in which the adapter is off: the model as it was before fine-tuning."""
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The named parameters that fine-tuning changes, in a fixed order."""
