@@ -136,6 +136,29 @@ def compare(
     compare(runs, out)
 
 
+@app.command()
+def reproduce(
+    figure: Annotated[str, typer.Argument(help='A figure of the paper, such as 4 or 9a, or "all".', metavar="FIGURE")],
+    scale: Annotated[str, typer.Option(help="The model: emoji, sd15 or sdxl.")] = "emoji",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 3,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs and figures.")] = Path("runs/reproduce"),
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one a core, or one GPU.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do, and how long.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train what a figure of the paper needs and draw it. What is finished already is kept.
+
+    Example: diffexp reproduce 4 --scale emoji --seeds 3 --dry-run
+    """
+    from rich.console import Console
+
+    from diffexp.reproduce import reproduce
+    from diffexp.toml import parse_override
+
+    settings = dict(parse_override(text) for text in overrides or ())
+    reproduce(figure, scale, seeds, out, workers, dry_run, settings, Console())
+
+
 @app.command("recipes")
 def list_recipes() -> None:
     """List the shipped recipes. Example: diffexp recipes"""

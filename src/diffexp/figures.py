@@ -86,6 +86,26 @@ class Panel:
     levels: Sequence[Level] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Bar:
+    """One bar: a mean, and its interval where there is one."""
+
+    label: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    explores: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Bars side by side, which all rise from ``start``, the untouched model's reward."""
+
+    title: str
+    start: float
+    bars: Sequence[Bar]
+
+
 def curves(panels: Sequence[Panel], title: str = "", columns: int = 3) -> Figure:
     """Reward over queries, a panel each, under one legend: the mean of the seeds and a band of their spread."""
     import matplotlib as mpl
@@ -103,6 +123,31 @@ def curves(panels: Sequence[Panel], title: str = "", columns: int = 3) -> Figure
         for ax in axes[len(panels) :]:
             ax.remove()
         _legend(figure, styles, title)
+    return figure
+
+
+def bars(groups: Sequence[Group], ylabel: str) -> Figure:
+    """What each arm gained over the untouched model, group by group; the axis shows the reward itself."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(2.3 * len(groups), 4.6), 3.6))
+        figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
+        ax, width, labels = figure.subplots(), 0.36, set()
+        for place, group in enumerate(groups):
+            for k, bar in enumerate(group.bars):
+                x = place + (k - (len(group.bars) - 1) / 2) * width
+                color = (EXPLORING if bar.explores else PLAIN)[0]
+                label = bar.label if bar.label not in labels else None
+                labels.add(bar.label)
+                ax.bar(x, bar.value - group.start, 0.9 * width, bottom=group.start, color=color, label=label)
+                if bar.low is not None and bar.high is not None:
+                    ax.vlines(x, bar.low, bar.high, color=INK, linewidth=1.4)
+            ax.hlines(group.start, place - width, place + width, color=INK, linewidth=1.4, linestyle=(0, (2, 1)))
+        ax.set_xticks(range(len(groups)), [group.title for group in groups])
+        ax.set_ylabel(f"{ylabel}; dashed: untouched model")
+        figure.legend(loc="outside upper left", ncols=4, frameon=False)
     return figure
 
 
@@ -159,6 +204,24 @@ def image_grid(
         for column, tile in enumerate(line):
             inset = ((cell - tile.width) // 2, (cell - tile.height) // 2)
             canvas.paste(tile, (left + column * (cell + gap) + inset[0], y + inset[1]))
+    return canvas
+
+
+def captioned(pictures: Sequence[Image], captions: Sequence[str]) -> Image:
+    """Pictures one below the other, each under its caption."""
+    from PIL import Image as images
+    from PIL import ImageDraw
+
+    width, size = max(picture.width for picture in pictures), 16
+    font = _font(size)
+    heads = [_wrapped(caption, font, width - size) for caption in captions]
+    heights = [_extent(text, font)[1] + size for text in heads]
+    canvas = images.new("RGB", (width, sum(heights) + sum(picture.height for picture in pictures)), "white")
+    pen, y = ImageDraw.Draw(canvas), 0
+    for picture, text, height in zip(pictures, heads, heights, strict=True):
+        pen.multiline_text((size / 2, y + size / 2), text, fill=INK, font=font)
+        canvas.paste(picture, (0, y + height))
+        y += height + picture.height
     return canvas
 
 

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+
+import pytest
+
+from diffexp.config import Recipe
+from diffexp.errors import UserError
+from diffexp.experiments import FIGURES, SCALES, VARIANTS, Arm, Grid, chosen, job, jobs, wanted
+from diffexp.prompts import load
+from diffexp.toml import shipped
+
+PAPER = [
+    "1",
+    "3",
+    "4",
+    "5",
+    "6",
+    "7",
+    "8",
+    "9a",
+    "9b",
+    "10a",
+    "10b",
+    *map(str, range(11, 17)),
+    "17a",
+    "17b",
+    "18",
+    "19",
+]
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, dict[str, Recipe]]:
+    """Every run of every figure, scale by scale."""
+    made = {name: jobs(chosen("all", name).values(), scale, 2, {}) for name, scale in SCALES.items()}
+    return {name: {item.name: item.recipe for item in items} for name, items in made.items()}
+
+
+def test_every_figure_of_the_paper_is_there_at_some_scale() -> None:
+    assert set(PAPER) <= set(FIGURES)
+    everywhere = {name for scale in SCALES for name in chosen("all", scale)}
+    assert everywhere == set(FIGURES)
+    assert set(chosen("all", "emoji")) == set(chosen("all", "sd15")) == everywhere - {"10b", "16", "17b", "19"}
+
+
+def test_the_numbers_that_the_paper_fixes(runs: dict[str, dict[str, Recipe]]) -> None:
+    paper = {"ddpo": (5.0, 3e-4), "alignprop": (7.5, 1e-3)}
+    for name, recipe in (runs["sd15"] | runs["sdxl"]).items():
+        assert (recipe.sampler.guidance, recipe.optimizer.learning_rate) == paper[recipe.algorithm.name], name
+        assert (recipe.sampler.steps, recipe.samples, recipe.evaluation.images) in [(50, 64, 10), (50, 64, 32)], name
+        assert recipe.evaluation.images == 10 or recipe.prompts.startswith("text:"), "10 images a prompt"
+        assert recipe.optimizer.betas == (0.9, 0.99)
+        if recipe.algorithm.name == "ddpo":
+            assert recipe.algorithm.clip == 1e-4
+    for scale in ("sd15", "sdxl"):
+        for name, recipe in runs[scale].items():
+            if re.fullmatch(r".*-diffexp-s\d", name):
+                explored = recipe.exploration
+                assert (explored.until, explored.guidance.threshold) == (0.75, 900)
+                assert (explored.words.low, explored.words.high) == (1.0, 1.2)
+                assert explored.guidance.low < recipe.sampler.guidance
+
+
+def test_tasks_are_the_papers() -> None:
+    for scale, names in {"sd15": (45, 6, 135, 58, 150), "sdxl": (45, 6)}.items():
+        tasks = SCALES[scale].tasks
+        found = [tasks[key] for key in ("aesthetic", "pickscore", "drawbench") if key in tasks] or [tasks["sdxl"]]
+        counts = [len(load(found[0].prompts)), len(load(found[0].unseen))]
+        if scale == "sd15":
+            counts += [len(load(found[1].prompts)), len(load(found[2].prompts)), len(load(found[2].unseen))]
+            assert set(found[2].reward.split("+")) == {"hpsv2", "aesthetic", "pickscore"}
+            assert (found[0].reward, found[1].reward, found[1].held_out) == ("aesthetic", "pickscore", "imagereward")
+            assert tasks["dolphin"].reward == "imagereward"
+        assert tuple(counts) == names
+
+
+def test_ablations_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
+    for scale in ("emoji", "sd15"):
+        found = {name: runs[scale][f"pickscore-alignprop-{name}-s0"] for name in VARIANTS if name != "plain"}
+        base = found.pop("diffexp").exploration
+        assert (found["guidance"].exploration.guidance, found["guidance"].exploration.words) == (base.guidance, None)
+        assert (found["words"].exploration.guidance, found["words"].exploration.words) == (None, base.words)
+        for threshold in (700, 800):
+            changed = found[f"threshold-{threshold}"].exploration
+            assert changed.model_copy(update={"guidance": base.guidance}) == base
+            assert (changed.guidance.threshold, changed.guidance.fraction) == (threshold, None)
+            assert changed.guidance.low == base.guidance.low
+        for name, low in {"low-0": 0, "low-2": 2}.items():
+            assert found[name].exploration.guidance == base.guidance.model_copy(update={"low": low})
+        assert [found[f"until-{until}"].exploration.until for until in ("0.5", "1")] == [0.5, 1]
+        plain = runs[scale]["pickscore-alignprop-s0"]
+        for recipe in found.values():
+            assert recipe.model_copy(update={"exploration": plain.exploration}) == plain
+
+
+def test_figures_share_their_runs() -> None:
+    scale = SCALES["sd15"]
+    four = {item.name for item in jobs([FIGURES["4"]], scale, 3, {})}
+    assert len(four) == 4 * 2 * 3
+    for figure in ("5", "6", "7", "11", "12", "13", "14"):
+        assert {item.name for item in jobs([FIGURES[figure]], scale, 3, {})} <= four
+    assert {item.name for item in jobs([FIGURES["17a"]], scale, 3, {})} == {
+        item.name for item in jobs([FIGURES["10a"]], scale, 3, {})
+    }
+    grids = [name for name, figure in FIGURES.items() if isinstance(figure, Grid)]
+    assert grids == ["5", "8", *map(str, range(11, 17)), "18", "19"]
+    assert {item.recipe.seed for item in jobs([FIGURES["8"]], scale, 3, {})} == {0}
+
+
+def test_a_run_evaluates_what_every_figure_measures(runs: dict[str, dict[str, Recipe]]) -> None:
+    recipe = runs["sd15"]["pickscore-ddpo-s1"]
+    assert recipe.evaluation.prompts == ("animal-activities", "animal-activities-unseen")
+    assert recipe.evaluation.rewards == ("pickscore", "imagereward")
+    counted = job(SCALES["sd15"], "pickscore", Arm("ddpo", "plain"), 0, {"iterations": 25, "evaluation.every": 10})
+    assert (counted.queries, counted.evaluated) == (25 * 64, 4 * 10 * (135 + 18))  # before, at 10, 20 and 25
+
+
+def test_prompts_of_the_grids_belong_to_their_tasks() -> None:
+    for scale in SCALES.values():
+        for figure in FIGURES.values():
+            if isinstance(figure, Grid) and all(task in scale.tasks for task, _ in wanted(figure)):
+                for block in figure.blocks:
+                    task = scale.tasks[block.task]
+                    known = {*load(task.prompts), *load(task.unseen)}
+                    assert {task.instead.get(prompt, prompt) for prompt in block.prompts} <= known
+
+
+def test_what_is_not_there_is_said() -> None:
+    with pytest.raises(UserError, match="figure '10b' has no counterpart at --scale emoji yet: take --scale sdxl"):
+        chosen("10b", "emoji")
+    with pytest.raises(UserError, match="2 is a drawing"):
+        chosen("2", "emoji")
+    with pytest.raises(UserError, match="unknown scale 'sd16': did you mean 'sd15'"):
+        chosen("4", "sd16")
+    with pytest.raises(UserError, match="samples = 0"):
+        jobs([FIGURES["4"]], SCALES["sd15"], 1, {"samples": 0})
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("sd")])
+def test_recipes_of_real_models_are_short_and_explained(name: str) -> None:
+    text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    settings = [line for line in text.splitlines() if "=" in line.partition("#")[0]]
+    assert len(settings) <= 12
+    unexplained = [line for line in settings if "#" not in line]
+    # a setting without a comment belongs to the line above it
+    assert len(unexplained) <= 4
+    assert all('"' in line.partition("#")[2] or "ours" in line or "all but" in line for line in settings if "#" in line)

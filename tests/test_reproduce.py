@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import brightness
+from PIL import Image
+from rich.console import Console
+
+from diffexp import reproduce as reproduction
+from diffexp.drawing import Drawing
+from diffexp.errors import UserError
+from diffexp.experiments import FIGURES, SCALES, Bars, Panel, arms, jobs
+from diffexp.reproduce import State, Times, Trainer, painted, reproduce
+from diffexp.training import train
+
+REWARD = f"{Path(__file__).parent / 'conftest.py'}:{brightness.__name__}"
+
+
+def tiny(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Overrides that make every run of a figure a tiny one."""
+    return {
+        "model.path": str(folder),
+        "reward": REWARD,
+        "iterations": 2,
+        "samples": 2,
+        "rollout.images_per_prompt": 1,
+        "sampler.steps": 5,
+        "evaluation.prompts": ["text:a cat", "text:bike"],
+        "evaluation.rewards": [REWARD, "jpeg-compressibility"],
+        "evaluation.images": 2,
+        "evaluation.every": 1,
+        "preview.every": 1,
+        "preview.images": 2,
+        "prompts": "text:a cat",
+        "trackers": [],
+        "device": "cpu",
+        **changes,
+    }
+
+
+def call(figure: str, out: Path, settings: dict[str, Any], seeds: int = 1, dry_run: bool = False) -> str:
+    """What ``reproduce`` says."""
+    console = Console(record=True, width=200, quiet=False)
+    with console.capture() as capture:
+        reproduce(figure, "emoji", seeds, out, 2, dry_run, settings, console)
+    return capture.get()
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains in this process: starting another takes seconds."""
+
+    def run(trainer: Trainer) -> None:
+        for state in trainer.waiting:
+            train(state.job.recipe, state.folder)
+            trainer.times.add(state, 12.0)
+
+    monkeypatch.setattr(Trainer, "run", run)
+
+
+def test_figure_1_in_processes_of_its_own(sd_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    reward = f"{tmp_path / 'mine.py'}:brightness"
+    settings = tiny(sd_folder, reward=reward, **{"evaluation.rewards": [reward]})
+    said = call("1", tmp_path, settings)
+    runs = tmp_path / "emoji"
+    for name in ("dolphin-ddpo-s0", "dolphin-ddpo-diffexp-s0"):
+        assert re.search(rf"{name}: \d+ s; [12] of 2 runs finished", said)
+        assert painted(runs / name) == 2 * 2 + 3 * 2 * 2
+    for name in ("figure-1.png", "figure-1.svg", "figure-1-images.png"):
+        assert (runs / "figures" / name).stat().st_size > 1000
+    legend = (runs / "figures" / "figure-1.svg").read_text()
+    assert "<!-- DDPO -->" in legend
+    assert "<!-- DDPO + DiffExp -->" in legend
+    comparison = next((runs / "figures" / "figure-1").glob("*/comparison.json"))
+    assert [arm["arm"] for arm in json.loads(comparison.read_text())["arms"]] == ["DDPO", "DDPO + DiffExp"]
+
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*-s0/**/*") if path.is_file()}
+    dry = call("1", tmp_path, settings, dry_run=True)
+    assert "2 runs, 2 finished; the others: 0 queries" in dry
+    call("1", tmp_path, settings)
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "finished runs are left alone"
+
+
+def test_grids_bars_and_curves_share_runs(sd_folder: Path, tmp_path: Path, here: None) -> None:
+    settings = tiny(sd_folder, iterations=1)
+    call("8", tmp_path, settings)
+    folder = tmp_path / "emoji"
+    assert {path.name for path in folder.glob("*-s0")} == {"drawbench-alignprop-s0", "drawbench-alignprop-diffexp-s0"}
+    with Image.open(folder / "figures" / "figure-8.png") as picture:
+        assert picture.height > 2 * 3 * 128, "two prompts, three rows each"
+        assert picture.width > 4 * 128
+    assert "4 runs, 2 finished" in call("17a", tmp_path, settings, seeds=2, dry_run=True)
+    call("17a", tmp_path, settings)
+    assert "text:bike" in (folder / "figures" / "figure-17a.svg").read_text()
+    assert not (folder / "figures" / "figure-17a").exists(), "statistics are about training prompts"
+    drawing = Drawing(SCALES["emoji"], folder, tmp_path, 1, settings)
+    drawing.draw("bars", Bars("", [Panel("DrawBench", "drawbench", arms("alignprop", "diffexp"), held_out=True)]))
+    drawn = (tmp_path / "figure-bars.svg").read_text()
+    assert all(
+        f"<!-- {text}" in drawn for text in ("final jpeg-compressibility", "baseline", "with DiffExp", "DrawBench")
+    )
+
+
+def test_figure_3_needs_no_run(sd_folder: Path, tmp_path: Path) -> None:
+    said = call("3", tmp_path, tiny(sd_folder))
+    assert "0 runs" in said
+    assert (tmp_path / "emoji" / "figures" / "figure-3.png").is_file()
+
+
+def test_dry_run_lists_runs_samples_and_time(tmp_path: Path, sd_folder: Path, here: None) -> None:
+    said = call("9b", tmp_path, {}, seeds=2, dry_run=True)
+    assert "figure 9b: How long the guidance stays low" in said
+    assert len(re.findall(r"pickscore-alignprop\S*-s[01] .* to do .* unknown", said)) == 8
+    assert "8 runs, 0 finished" in said
+    assert "expected time, 2 at a time: unknown" in said
+    assert not (tmp_path / "emoji").exists()
+    settings = tiny(sd_folder, iterations=1)
+    call("1", tmp_path, settings)
+    # each of the two runs took 12 s, so four more, two at a time, take 24 s
+    said = call("1", tmp_path, settings, seeds=3, dry_run=True)
+    assert "6 runs, 2 finished" in said
+    assert "expected time, 2 at a time: 24 s" in said
+
+
+def test_unfinished_runs_go_on_and_strangers_are_refused(tmp_path: Path, sd_folder: Path) -> None:
+    settings = tiny(sd_folder, **{"checkpoint.every": 1})
+    job = jobs([FIGURES["1"]], SCALES["emoji"], 1, settings)[0]
+    folder = tmp_path / "emoji" / job.name
+    train(job.recipe, folder)
+    for newest in (folder / "checkpoints").glob("*2"):
+        for file in newest.iterdir():
+            file.unlink()
+        newest.rmdir()
+    state = State.look(job, folder)
+    assert (state.iteration, state.finished, str(state)) == (1, False, "at iteration 1")
+    assert state.left == (2 * 2 + 3 * 2 * 2) / 2
+    with pytest.raises(UserError, match="holds a run of another recipe: choose another --out"):
+        call("1", tmp_path, settings | {"samples": 4})
+
+
+def test_times_know_alike_runs_only(tmp_path: Path, sd_folder: Path) -> None:
+    ddpo, alignprop = (
+        State(jobs([FIGURES[name]], SCALES["emoji"], 1, tiny(sd_folder))[0], tmp_path, 0) for name in ("1", "8")
+    )
+    times = Times(tmp_path / "times.jsonl")
+    times.add(ddpo, 32.0)
+    again = Times(tmp_path / "times.jsonl")
+    assert again.expected(ddpo) == 32.0
+    assert again.expected(alignprop) is None
+    assert again.total([ddpo, ddpo, ddpo], 2) == 48.0
+    assert again.total([ddpo, alignprop], 2) is None
+
+
+def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduction, "POLL", 0.05)
+    monkeypatch.setattr(reproduction.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"run dolphin-ddpo-s0 failed.*\n.*failed.*\n0 of 2 runs finished; the same"):
+        call("1", tmp_path, tiny(sd_folder))
