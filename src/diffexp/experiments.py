@@ -208,13 +208,15 @@ DDPO, ALIGNPROP = arms("ddpo", "diffexp"), arms("alignprop", "diffexp")
 ABLATION = arms("alignprop", "guidance", "words", "diffexp")  # "better than our baseline, AlignProp"
 
 
-def main_panels(**measured: bool) -> tuple[Panel, ...]:
+def main_panels(unseen: bool = False, held_out: bool = False) -> tuple[Panel, ...]:
     """The four experiments of Figures 4, 6 and 7."""
     methods, tasks = (
         (("DDPO", DDPO), ("AlignProp", ALIGNPROP)),
         (("Aesthetic", "aesthetic"), ("PickScore", "pickscore")),
     )
-    return tuple(Panel(f"{name}, {reward}", task, arms, **measured) for name, arms in methods for reward, task in tasks)
+    return tuple(
+        Panel(f"{name}, {reward}", task, arms, unseen, held_out) for name, arms in methods for reward, task in tasks
+    )
 
 
 def ablation(title: str, setting: str, *variants: str) -> Curves:
