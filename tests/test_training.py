@@ -163,7 +163,9 @@ def test_a_bad_reward_names_iteration_and_prompt_and_loses_nothing(sd_folder: Pa
         "    r = images.mean((1, 2, 3))\n"
         "    return r * float('nan') if len(calls) > 3 else r\n"
     )
-    settings = recipe(sd_folder, reward=f"{code}:reward", **{"evaluation.every": 4, "preview.images": 0})
+    settings = recipe(
+        sd_folder, reward=f"{code}:reward", **{"evaluation.every": 4, "preview.images": 0, "checkpoint.every": 4}
+    )
     with pytest.raises(UserError, match=r"iteration 3: .*nan for the prompt 'a cat riding a bike'"):
         train(settings, tmp_path / "run")
     state = checkpoint.read_newest(tmp_path / "run" / "checkpoints")

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ from diffexp.tracking import Trackers
 from diffexp.version import __version__
 
 
+class State(NamedTuple):
+    """A run between two iterations, as a checkpoint holds it."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
 class Training:
     """One run: a recipe, and the folder that it fills. ``run`` does all of it; ``step`` is one iteration."""
 
@@ -45,7 +53,7 @@ class Training:
         assembly.add_lora(recipe, self.model)
         self.learner = assembly.learner(recipe, self.model)
         self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score)
-        self.iteration = self.queries = 0
+        self.iteration = self.queries = self.saved = 0
 
     def run(self) -> Path:
         """Trains to the end, from the newest checkpoint if there is one; returns the run folder."""
@@ -63,18 +71,25 @@ class Training:
         return self.folder
 
     def loop(self, interruption: Interruption) -> None:
-        """All iterations that are left, each with what is due after it."""
-        total = self.recipe.iterations
-        if self.iteration == 0:
-            self.calibrate()
-            self.observe()
-        while self.iteration < total:
-            self.step()
-            self.observe()
-            if interruption.requested or self.due(self.recipe.checkpoint.every):
-                self.save()
-            if interruption.requested and self.iteration < total:
-                raise Interrupted(f"stopped after iteration {self.iteration} of {total}")
+        """All iterations that are left, each with what is due after it. However it ends, nothing computed is lost."""
+        total, state = self.recipe.iterations, None
+        try:
+            if self.iteration == 0:
+                self.calibrate()
+                self.observe()
+            while self.iteration < total:
+                self.step()
+                self.observe()
+                state = self.capture()
+                if self.due(self.recipe.checkpoint.every):
+                    self.save_lora()
+                    self.save(state)
+                if interruption.requested and self.iteration < total:
+                    raise Interrupted(f"stopped after iteration {self.iteration} of {total}")
+        except BaseException:
+            if state:
+                self.save(state)
+            raise
 
     def step(self) -> None:
         """One iteration: sample with exploration, score, update, and a line in ``metrics.jsonl``."""
@@ -171,8 +186,8 @@ class Training:
         self.metrics, self.evaluations = JsonLines(self.folder / METRICS), JsonLines(self.folder / EVALUATIONS)
         self.restore(newest)
 
-    def save(self) -> None:
-        """Saves the state, and the LoRA as it stands."""
+    def capture(self) -> State:
+        """Everything that the next iteration depends on, copied: whatever happens in it, this can still be saved."""
         tensors = {f"lora.{key}": value for key, value in lora.state(self.model).items()}
         tensors |= {f"optimizer.{key}": value for key, value in self.learner.state().items()}
         numbers = {
@@ -184,10 +199,17 @@ class Training:
             EVALUATIONS: self.evaluations.size(),
             "version": __version__,
         }
-        self.save_lora()
+        return State(tensors, numbers)
+
+    def save(self, state: State) -> None:
+        """Makes a state the run's newest checkpoint."""
+        iteration = state.numbers["iteration"]
+        if iteration == self.saved:
+            return
         folder, keep = self.folder / "checkpoints", self.recipe.checkpoint.keep_last
-        checkpoint.write(folder, self.iteration, tensors, numbers, keep)
-        self.reporter.saved(self.iteration)
+        checkpoint.write(folder, iteration, state.tensors, state.numbers, keep)
+        self.saved = iteration
+        self.reporter.saved(iteration)
 
     def save_lora(self) -> None:
         """Both LoRA files, with what made them in their headers."""
@@ -217,7 +239,8 @@ class Training:
         self.algorithm.load_state(numbers["algorithm"])
         if isinstance(self.reward, Ensemble):
             self.reward.load_state_dict(numbers["reward"])
-        self.iteration, self.queries = numbers["iteration"], numbers["queries"]
+        self.iteration = self.saved = numbers["iteration"]
+        self.queries = numbers["queries"]
         self.metrics.cut(numbers[METRICS])
         self.evaluations.cut(numbers[EVALUATIONS])
         if numbers["version"] != __version__:
