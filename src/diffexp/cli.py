@@ -48,19 +48,24 @@ def options(
 
 @app.command()
 def train(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.", metavar="RECIPE")
+    ] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/RECIPE-sSEED.")] = None,
     quiet: Quiet = False,
+    like: Annotated[
+        Path | None, typer.Option(help="Instead of a recipe: a LoRA file or run, whose recipe is repeated.")
+    ] = None,
 ) -> None:
     """Fine-tune a model as a recipe says. The same command again continues an unfinished run.
 
     Example: diffexp train emoji-ddpo-diffexp --set iterations=20 --set seed=1 --out runs/first
     """
-    from diffexp.commands import read_recipe
+    from diffexp.commands import recipe_to_train
 
-    chosen = read_recipe(recipe, overrides)
-    folder = out or Path("runs") / f"{Path(recipe).stem}-s{chosen.seed}"
+    chosen, name = recipe_to_train(recipe, like, overrides)
+    folder = out or Path("runs") / f"{name}-s{chosen.seed}"
     from diffexp.console import reporter
     from diffexp.training import train
 
@@ -175,12 +180,45 @@ def list_prompts() -> None:
     print_table(available())
 
 
-@app.command("rewards")
-def list_rewards() -> None:
-    """List the rewards. Example: diffexp rewards"""
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A LoRA file, or a run folder.", metavar="FILE")],
+    as_json: Json = False,
+) -> None:
+    """Show what a LoRA file says about itself: reward, queries, rank, alpha, keys, and the recipe that made it.
+
+    Example: diffexp show runs/first/lora/pytorch_lora_weights.safetensors
+    """
+    from diffexp.lora_header import LoraHeader
+
+    header = LoraHeader.read(file)
+    typer.echo(header.to_json() if as_json else header.describe())
+
+
+rewards = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+app.add_typer(rewards, name="rewards")
+
+
+@rewards.callback(invoke_without_command=True)
+def list_rewards(context: typer.Context) -> None:
+    """List the rewards, or check what one needs. Example: diffexp rewards"""
     from diffexp.rewards import available
 
-    print_table(available())
+    if context.invoked_subcommand is None:
+        print_table(available())
+
+
+@rewards.command("check")
+def check_reward(
+    name: Annotated[str, typer.Argument(help="A reward, or a sum of some.", metavar="REWARD")],
+) -> None:
+    """Say what a reward downloads, from where, how big it is, under which licence, and what is missing here.
+
+    Example: diffexp rewards check 2*hpsv2+aesthetic
+    """
+    from diffexp.rewards.needs import describe
+
+    typer.echo(describe(name))
 
 
 def print_table(rows: dict[str, str]) -> None:

@@ -19,6 +19,8 @@ from diffexp.errors import UserError
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
+from diffexp.lora_header import LoraHeader
+from diffexp.lora_header import like as recipe_like
 from diffexp.models import lora
 from diffexp.records import CONFIG, grid, save_images, to_images
 from diffexp.rewards.base import score
@@ -31,6 +33,25 @@ console = Console(soft_wrap=True)
 def read_recipe(name: str, overrides: Sequence[str] | None) -> Recipe:
     """A recipe by name or file, with ``--set`` overrides."""
     return Recipe.load(name, dict(parse_override(text) for text in overrides or ()))
+
+
+def recipe_to_train(name: str | None, like: Path | None, overrides: Sequence[str] | None) -> tuple[Recipe, str]:
+    """The recipe called ``name``, or that of the LoRA ``like``, and what its run is called.
+
+    Raises:
+        UserError: if both are given, or neither.
+    """
+    if (name is None) == (like is None):
+        raise UserError("give a recipe, or --like and a LoRA file: one of the two")
+    if name is not None:
+        return read_recipe(name, overrides), Path(name).stem
+    source = LoraHeader.read(Path(str(like))).path.resolve()
+    recipe, notes = recipe_like(source, dict(parse_override(text) for text in overrides or ()))
+    for note in notes:
+        console.print(f"warning: {note}", markup=False, highlight=False)
+    # in a run's folder the file is called as in every other's
+    stem = source.parent.parent.name if source.parent.name == "lora" else source.stem
+    return recipe, f"{stem}-again"
 
 
 class Painter(NamedTuple):

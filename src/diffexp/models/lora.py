@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffexp.errors import UserError
+from diffexp.lora_header import DIFFUSERS_FILE, METADATA_KEY
 from diffexp.models.base import TextToImage
 from diffexp.randomness import generator
 from diffexp.version import __version__
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
 
 State = dict[str, Tensor]
 

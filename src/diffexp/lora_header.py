@@ -1,0 +1,171 @@
+"""What a LoRA file says about itself, and the recipe that made it. Needs no torch.
+
+A header is a stranger's text. Nothing in it is run: a reward of one's own, which is code, is left out of the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffexp.config import Recipe
+from diffexp.errors import UserError
+from diffexp.rewards import available
+from diffexp.rewards.spec import parse
+from diffexp.toml import toml_lines
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
+RECIPE, REWARD, ITERATIONS, QUERIES, VERSION, COMMIT = (
+    f"diffexp.{key}" for key in ("recipe", "reward", "iterations", "queries", "version", "base_commit")
+)
+
+
+@dataclass(frozen=True)
+class LoraHeader:
+    """The header of a LoRA file: ``metadata`` as it stands there, and the ``shapes`` of its tensors."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, path: Path | str) -> LoraHeader:
+        """Reads a file, or the diffusers file in a run's folder or in its folder ``lora``.
+
+        Raises:
+            UserError: if there is none, or it is no safetensors file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        for inside in (path / DIFFUSERS_FILE, path / "lora" / DIFFUSERS_FILE):
+            path = inside if inside.is_file() else path
+        if not path.is_file():
+            raise UserError(f"{path}: no such LoRA file; give a .safetensors file, or a run folder")
+        try:
+            with safe_open(path, framework="numpy") as opened:
+                keys = list(opened.keys())
+                shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
+                return cls(path, opened.metadata() or {}, shapes)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: no safetensors file ({error})") from error
+
+    @property
+    def layout(self) -> str:
+        """Whose keys the file has."""
+        if any(".lora_A." in key for key in self.shapes):
+            return "diffusers"
+        return "kohya" if any(".lora_down." in key for key in self.shapes) else "unknown"
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of its matrices."""
+        ranks = [shape[0] for key, shape in self.shapes.items() if ".lora_A." in key or ".lora_down." in key]
+        return max(ranks, default=None)
+
+    @property
+    def alpha(self) -> str | None:
+        """The alpha that the header states."""
+        adapter = self.table(METADATA_KEY)
+        stated = next((value for key, value in adapter.items() if key.endswith("lora_alpha")), None)
+        return str(stated) if stated is not None else self.metadata.get("ss_network_alpha")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe that made it, as nested tables; empty if the file was not made by diffexp."""
+        return self.table(RECIPE)
+
+    def table(self, key: str) -> dict[str, Any]:
+        """An entry that holds a JSON object; empty if there is none."""
+        try:
+            content = json.loads(self.metadata.get(key, "{}"))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def describe(self) -> str:
+        """The header as people read it: first the essentials, then the recipe in TOML."""
+        get, first = self.metadata.get, next(iter(self.shapes), "none")
+        done = [f"{get(key)} {word}" for key, word in ((ITERATIONS, "iterations"), (QUERIES, "queries")) if get(key)]
+        rows = {
+            "file": f"{self.path}, {self.layout} keys",
+            "base model": " at ".join(filter(None, (str(section(self.recipe, "model").get("path", "")), get(COMMIT)))),
+            "reward": get(REWARD),
+            "trained": ", ".join(done),
+            "rank, alpha": f"{self.rank}, {self.alpha or 'as the rank'}",
+            "tensors": f"{len(self.shapes)}, such as {first} {self.shapes.get(first, ())}",
+            "made by": f"diffexp {get(VERSION)}" if get(VERSION) else None,
+            "further": ", ".join(sorted(key for key in self.metadata if not key.startswith("diffexp."))),
+        }
+        lines = [f"{name + ':':<13}{value}" for name, value in rows.items() if value]
+        if self.recipe:
+            lines += ["", f"# the recipe; `diffexp train --like {self.path.name}` repeats it", *toml_lines(self.recipe)]
+        return printable("\n".join(lines))
+
+    def to_json(self) -> str:
+        """The whole header in JSON; entries that hold JSON themselves are unpacked."""
+        tables = {key: self.table(key) or value for key, value in self.metadata.items()}
+        return json.dumps({"metadata": tables, "shapes": self.shapes}, indent=2)
+
+
+def like(path: Path | str, overrides: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe that made a LoRA, with overrides, and what was left out of it, a line each.
+
+    Raises:
+        UserError: if the header has no recipe, or one that this version can't read, or whose reward was left out.
+    """
+    header = LoraHeader.read(path)
+    data = header.recipe
+    if not data:
+        raise UserError(f"{header.path} has no recipe in its header: only LoRA files made by diffexp have one")
+    data, notes = without_code(data, overrides.get("reward"))
+    if "reward" not in data and "reward" not in overrides:
+        raise UserError(f"{header.path}: {printable(notes[0])}; name the reward yourself: --set reward=...")
+    commit = header.metadata.get(COMMIT)
+    if commit and "model.path" not in overrides:
+        data["model"] = {**section(data, "model"), "revision": commit}
+    return Recipe.parse(data, header.path.name, overrides), [printable(note) for note in notes]
+
+
+def without_code(data: Mapping[str, Any], instead: str | None = None) -> tuple[dict[str, Any], list[str]]:
+    """A recipe without the rewards that are not diffexp's own: those are code, or a stranger's server.
+
+    Where the training reward is one of them, evaluations take ``instead`` for it.
+    """
+    kept, notes, replaced = dict(data), [], {}
+    if "reward" in kept and not is_shipped(kept["reward"]):
+        foreign = kept.pop("reward")
+        replaced[str(foreign)] = instead
+        notes.append(f"the header's reward {foreign!r} is not one of diffexp's own and was left out")
+    evaluation = dict(section(kept, "evaluation"))
+    if isinstance(evaluation.get("rewards"), list):
+        names = [str(name) for name in evaluation["rewards"]]
+        foreign = [name for name in names if not is_shipped(name) and not replaced.get(name)]
+        evaluation["rewards"] = [replaced.get(name) or name for name in names if name not in foreign] or None
+        kept["evaluation"] = evaluation
+        if foreign:
+            notes.append(f"left out of evaluation.rewards, as they are not diffexp's own: {', '.join(foreign)}")
+    return kept, notes
+
+
+def is_shipped(reward: object) -> bool:
+    """Whether a reward is made of diffexp's own only."""
+    try:
+        return isinstance(reward, str) and all(member.name in available() for member in parse(reward))
+    except UserError:
+        return False
+
+
+def section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A table of a recipe; empty if it is none."""
+    found = data.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def printable(text: str) -> str:
+    """Text without control characters: a header must not steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

@@ -1,0 +1,45 @@
+"""What a reward needs, in words. Needs no torch."""
+
+from __future__ import annotations
+
+from diffexp.rewards.sources import Requirement, check
+
+
+def describe(spec: str) -> str:
+    """A paragraph for each source that the rewards of ``spec`` need: from where, how big, which licence, what is here.
+
+    Raises:
+        UserError: for an unknown reward.
+    """
+    needed = list({item.source: item for item in check(spec)}.values())
+    if not needed:
+        return f"{spec}: needs nothing beyond this package"
+    missing = [item.source.size for item in needed if not item.present]
+    total = f"to download: {size(sum(missing))}" if missing else "everything is here"
+    return "\n".join([*(paragraph(item) for item in needed), f"{spec}: {total}"])
+
+
+def paragraph(need: Requirement) -> str:
+    """Four lines about one source."""
+    source = need.source
+    state = "here" if need.present else f"missing: {', '.join(need.missing)}"
+    pickled = "; a pickle, read once its SHA-256 is checked and converted to safetensors" if source.pickled else ""
+    vouch = "; no hash of it is published: vouch for yours with DIFFEXP_TRUST_SHA256" if needs_trust(need) else ""
+    return "\n".join(
+        [
+            f"{source.what} ({size(source.size)}{pickled}{vouch})",
+            f"  from     https://huggingface.co/{source.repo} at {source.revision}",
+            f"  licence  {source.licence}",
+            f"  state    {state}",
+        ]
+    )
+
+
+def needs_trust(need: Requirement) -> bool:
+    """Whether only the user can say that the file is the right one."""
+    return need.source.pickled and need.source.sha256 is None
+
+
+def size(count: int) -> str:
+    """Bytes as people say them."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
