@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from diffexp import cli, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.lora_header import LoraHeader, like
+from diffexp.lora_header import LoraHeader, like, without_paths
 
 REWARD = f"{Path(__file__).parent / 'conftest.py'}:{brightness.__name__}"
 
@@ -76,19 +76,19 @@ def test_a_run_folder_shows_its_lora(run: Path) -> None:
     )
 
 
-def test_like_repeats_the_recipe(run: Path) -> None:
+def test_like_repeats_the_recipe(run: Path, sd_folder: Path) -> None:
     for file in ("pytorch_lora_weights.safetensors", "first.kohya.safetensors"):
-        recipe, notes = like(run / "lora" / file, {"device": "cpu", "trackers": []})
+        recipe, notes = like(run / "lora" / file, {"device": "cpu", "trackers": [], "model.path": str(sd_folder)})
         assert recipe == Recipe.load(run / "config.toml")
         assert notes == []
     assert like(run, {"seed": 7, "exploration.words.high": 1.5})[0].exploration.words.high == 1.5
 
 
 def test_train_like_makes_the_same_lora(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = ["--set", "device=cpu", "--set", "trackers=[]"]
+    settings = ["--set", "device=cpu", "--set", "trackers=[]", "--set", f"model.path={sd_folder}"]
     assert diffexp(capsys, monkeypatch, "train", "--like", str(run), *settings)[0] == 0
     again = tmp_path / "runs" / "first-again-s0" / "lora" / "pytorch_lora_weights.safetensors"
     first = run / "lora" / "pytorch_lora_weights.safetensors"
@@ -119,6 +119,28 @@ def test_a_reward_of_ones_own_is_code_and_is_left_out(tmp_path: Path) -> None:
 def test_ones_own_reward_is_used_again_when_named(run: Path, tmp_path: Path) -> None:
     path = lora_file(tmp_path, {"reward": REWARD})
     assert like(path, {"reward": REWARD})[0].reward == REWARD
+
+
+@pytest.mark.parametrize(
+    ("name", "travels"),
+    [
+        ("/home/me/mine.py:f", "mine.py:f"),
+        ("2*/a/b c/m.py:f+hpsv2", "2*m.py:f+hpsv2"),
+        ("aesthetic + /q/w.py:g", "aesthetic + w.py:g"),
+        ("~/models/sd15/", "sd15"),
+        (r"C:\Users\me\m.py:f", "m.py:f"),
+        ("someone/model", "someone/model"),
+        ("text:a /b/ c", "text:a /b/ c"),
+        ({"a": {"path": "/x/y"}, "b": ["/x/m.py:f", 3]}, {"a": {"path": "y"}, "b": ["m.py:f", 3]}),
+    ],
+)
+def test_absolute_paths_stay_at_home(name: Any, travels: Any) -> None:
+    assert without_paths(name) == travels
+
+
+def test_headers_name_no_folder_of_this_machine(run: Path) -> None:
+    for file in (run / "lora").glob("*.safetensors"):
+        assert str(run.parent) not in json.dumps(dict(LoraHeader.read(file).metadata))
 
 
 def test_the_commit_of_the_base_model_is_kept(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ def test_run_folder_holds_what_it_should(xl_folder: Path, tmp_path: Path) -> Non
     assert {path.name for path in (run / "lora").iterdir()} == {
         "pytorch_lora_weights.safetensors",
         "run.kohya.safetensors",
+        "README.md",
+        "images",
     }
 
 

@@ -6,6 +6,7 @@ A header is a stranger's text. Nothing in it is run: a reward of one's own, whic
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,17 @@ def is_shipped(reward: object) -> bool:
         return isinstance(reward, str) and all(member.name in available() for member in parse(reward))
     except UserError:
         return False
+
+
+def without_paths(content: Any) -> Any:
+    """A recipe, or a name in one, in which absolute paths are cut down to their last part: cards and headers travel."""
+    if isinstance(content, Mapping):
+        return {key: without_paths(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_paths(value) for value in content]
+    if isinstance(content, str) and not content.startswith("text:"):
+        return re.sub(r"(^|[+*\s])(?:/|~|[A-Za-z]:[/\\])[^+*\n]*[/\\]", r"\1", content.rstrip("/\\"))
+    return content
 
 
 def section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

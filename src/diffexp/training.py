@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffexp import assembly, checkpoint, prompts, rewards
+from diffexp import assembly, card, checkpoint, prompts, rewards
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
+from diffexp.lora_header import without_paths
 from diffexp.models import lora
 from diffexp.randomness import generator
 from diffexp.records import CONFIG, EVALUATIONS, METRICS, JsonLines, grid, save_images, to_images
@@ -65,6 +66,7 @@ class Training:
                 Interruption(self.reporter.warned) as interruption,
             ):
                 self.loop(interruption)
+            card.write(self.folder, self.recipe, self.model.source, "text_encoder_2" in self.model.text_encoders())
             self.reporter.finished(self.folder)
         finally:
             self.reporter.closed()
@@ -215,8 +217,8 @@ class Training:
         """Both LoRA files, with what made them in their headers."""
         recipe = self.recipe.model_dump(mode="json", exclude={"device", "trackers"})
         metadata = {
-            "diffexp.recipe": json.dumps(recipe),
-            "diffexp.reward": self.recipe.reward,
+            "diffexp.recipe": json.dumps(without_paths(recipe)),
+            "diffexp.reward": without_paths(self.recipe.reward),
             "diffexp.iterations": str(self.iteration),
             "diffexp.queries": str(self.queries),
         }

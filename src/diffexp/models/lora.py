@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffexp.errors import UserError
-from diffexp.lora_header import DIFFUSERS_FILE, METADATA_KEY
+from diffexp.lora_header import DIFFUSERS_FILE, METADATA_KEY, without_paths
 from diffexp.models.base import TextToImage
 from diffexp.randomness import generator
 from diffexp.version import __version__
@@ -128,7 +128,7 @@ def kohya_header(model: TextToImage, config: LoraConfig, name: str) -> dict[str,
         "ss_base_model_version": "sdxl_base_v1-0" if xl else "sd_v1",
         "ss_v2": str(not xl and model.unet_config.cross_attention_dim == 1024),
         "ss_output_name": name,
-        "ss_sd_model_name": model.source.name,
+        "ss_sd_model_name": without_paths(model.source.name),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"stable-diffusion-{'xl-v1-base' if xl else 'v1'}/lora",
         "modelspec.implementation": "diffusers",

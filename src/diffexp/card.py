@@ -1,0 +1,147 @@
+"""The model card beside a run's LoRA files: what it was trained for, what that gained, images before and after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffexp import figures
+from diffexp.config import Recipe
+from diffexp.lora_header import without_paths
+from diffexp.rewards.spec import parse
+from diffexp.runs import Run
+from diffexp.version import __version__
+
+if TYPE_CHECKING:
+    from diffexp.models.base import Source
+
+SHOWN = 4
+"""The most prompts that the gallery shows."""
+
+LICENCES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m",
+    "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2-1": "openrail++",
+    "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+}
+"""The licence of a base model, which a LoRA inherits."""
+
+
+def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
+    """Writes ``lora/README.md`` and ``lora/images`` of a finished run, and returns the card's path.
+
+    ``source`` is where the base model came from, ``xl`` whether it is a Stable Diffusion XL. The card names files, but
+    no folder of this machine: it is meant to be published.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    run, where = Run.read(folder), folder / "lora"
+    data = without_paths(recipe.model_dump(mode="json"))
+    base = without_paths(source.name)
+    widget = gallery(folder / "samples", where / "images")
+    draw_curve(run, where / "images" / "curve.svg")
+    template = (files("diffexp") / "templates" / "card.md.jinja").read_text(encoding="utf-8")
+    # Markdown, not HTML: there is nothing to escape.
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+    text = environment.from_string(template).render(
+        front_matter=front_matter(source, recipe.algorithm.name, xl, widget),
+        name=run.name,
+        base=base,
+        reward=data["reward"],
+        prompts=data["prompts"],
+        widget=widget,
+        queries=int(next(iter(run.evaluations.values())).queries[-1]),
+        scores=scores(folder, recipe),
+        pipeline="StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
+        example=(widget[0]["text"] if widget else "a cat").replace('"', "'"),
+        kohya=f"{run.name}.kohya.safetensors",
+        recipe=data,
+        exploration=exploration(recipe),
+        explores=run.explores,
+        version=__version__,
+    )
+    card = where / "README.md"
+    card.write_text(text, encoding="utf-8")
+    return card
+
+
+def front_matter(source: Source, algorithm: str, xl: bool, widget: list[dict[str, Any]]) -> str:
+    """The card's YAML, by which the hub files it. ``template:sd-lora`` is what makes it show the gallery."""
+    from huggingface_hub import ModelCardData
+
+    kind = "stable-diffusion-xl" if xl else "stable-diffusion"
+    common = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora"]
+    data = ModelCardData(
+        base_model=source.name if source.commit else None,
+        library_name="diffusers",
+        license=LICENCES.get(source.name),
+        pipeline_tag="text-to-image",
+        tags=[*common, kind, "reward-fine-tuning", algorithm, "diffexp"],
+        widget=widget or None,
+    )
+    return data.to_yaml().strip()
+
+
+def gallery(samples: Path, images: Path) -> list[dict[str, Any]]:
+    """Copies up to ``SHOWN`` previews of the untouched and the final model; returns the hub's widget for them."""
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir(parents=True)
+    moments = sorted(path for path in samples.glob("iteration-*") if path.is_dir())
+    if not moments:
+        return []
+    from PIL import Image
+
+    prompts = json.loads((samples / "prompts.json").read_text(encoding="utf-8"))
+    picked = [k * len(prompts) // min(SHOWN, len(prompts)) for k in range(min(SHOWN, len(prompts)))]
+    widget, rows = [], []
+    for label, moment in (("before", moments[0]), ("after", moments[-1])):
+        row = []
+        for k in picked:
+            shutil.copyfile(moment / f"{k}.png", images / f"{label}-{k}.png")
+            text = prompts[k] if label == "after" else f"{prompts[k]} (before training)"
+            widget.append({"text": text, "output": {"url": f"images/{label}-{k}.png"}})
+            with Image.open(moment / f"{k}.png") as image:
+                row.append(image.convert("RGB"))
+        rows.append(row)
+    figures.before_after(*rows, [prompts[k] for k in picked]).save(images / "before-after.png")
+    return widget[len(picked) :] + widget[: len(picked)]
+
+
+def draw_curve(run: Run, path: Path) -> None:
+    """The run's reward on everything that was evaluated, a panel each."""
+    panels = []
+    for measure, curve in run.evaluations.items():
+        line = figures.Line(run.label, curve.queries, curve.values, 0 * curve.values, run.algorithm, run.explores)
+        panels.append(figures.Panel(without_paths(measure.prompts), without_paths(measure.reward), [line]))
+    figures.save(figures.curves(panels, columns=2), path)
+
+
+def scores(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """The first and the last evaluation of every prompt set and reward."""
+    trained = [member.name for member in parse(recipe.reward)]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        row = {"prompts": without_paths(entry["prompts"]), "reward": without_paths(entry["reward"]), "n": entry["n"]}
+        known = found.setdefault((entry["prompts"], entry["reward"]), {**row, "before": entry["mean"]})
+        known |= {"after": entry["mean"], "trained": entry["reward"] in (*trained, recipe.reward)}
+    return list(found.values())
+
+
+def exploration(recipe: Recipe) -> str:
+    """What explored, in words."""
+    settings, parts = recipe.exploration, []
+    if guidance := settings.guidance:
+        until = (
+            f"t > {guidance.threshold:g}" if guidance.threshold is not None else f"the first {guidance.fraction:.0%}"
+        )
+        parts.append(f"guidance {guidance.low:g} for {until}, then {recipe.sampler.guidance:g}")
+    if words := settings.words:
+        parts.append(f"a random {words.unit}'s weight from U({words.low:g}, {words.high:g})")
+    if not parts or settings.until == 0:
+        return "none"
+    return f"{'; '.join(parts)}; in the first {settings.until:.0%} of the iterations"
