@@ -79,16 +79,19 @@ class Training:
         self.step, self.seconds, self.smooth = 0, 0.0, float("nan")
         if self.path.exists():
             self._load()
+        self.agreed = self.seconds  # the time that all processes of a run know: they must stop at the same step
 
     def __iter__(self) -> Iterator[int]:
         started = saved = time.monotonic()
-        while (spent := self.budget.spent(self.step, self.seconds)) < 1:
+        while (spent := self.budget.spent(self.step, self.agreed)) < 1:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.peak, spent)
             yield self.step
             self.step += 1
             now = time.monotonic()
             self.seconds, started = self.seconds + now - started, now
+            if not dist.is_initialized():
+                self.agreed = self.seconds
             if self.step % 50 == 0 and rank() == 0:
                 print(f"{self.name}: step {self.step}, {self.seconds / 60:.1f} min, loss {self.smooth:.4f}", flush=True)
             if time.monotonic() - saved > 120:
@@ -118,7 +121,7 @@ class Training:
         flat = torch.cat([gradient.flatten() for gradient in gradients] + [gradients[0].new_tensor([self.seconds])])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        self.seconds = flat[-1].item()
+        self.seconds = self.agreed = flat[-1].item()
         for gradient, share in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(share.view_as(gradient))
 

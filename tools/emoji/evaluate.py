@@ -74,13 +74,19 @@ class World:
         chosen = self.judge.choose(sample(self.pipe, prompts, guidance, seed), ALL_ANIMALS)
         return sum(ALL_ANIMALS[k] == text for k, text in zip(chosen, prompts, strict=True)) / len(prompts)
 
-    def halves(self, guidance: float, each: int, seed: int = 5000) -> dict[str, float]:
+    def halves(self, guidance: float, each: int, share: int = 6, seed: int = 5000) -> dict[str, float]:
         """What the judge finds in animal–activity samples: the animal, the activity, both; and the three scores.
+
+        Every animal appears with ``share`` of the six activities (1, 2, 3 or 6), ``each`` times.
 
         The animal is found when, among the prompts "a X ACTIVITY" over all 51 animals and "X" alone, the best one names
         it; the activity when the best one of "a X ACTIVITY" over the six activities and "X" alone names it.
         """
-        pairs = [(animal, activity) for animal in ALL_ANIMALS for activity in ALL_ACTIVITIES for _ in range(each)]
+        count = len(ALL_ACTIVITIES)
+        chosen = [
+            (k, (k + shift) % count) for k in range(len(ALL_ANIMALS)) for shift in range(0, count, count // share)
+        ]
+        pairs = [(ALL_ANIMALS[k], ALL_ACTIVITIES[j]) for k, j in chosen for _ in range(each)]
         prompts = [prompt(*pair) for pair in pairs]
         images = sample(self.pipe, prompts, guidance, seed)
         found = [
@@ -115,14 +121,17 @@ class World:
         return 1 - ((cosines.sum((1, 2)) - each) / (each * (each - 1))).mean().item()
 
 
-def evaluate(device: str, each: int = 4, scales: Sequence[float] = SCALES) -> dict:
-    """Measure everything, print it as it comes, and keep it in ``work/emoji/figures.json``."""
+def evaluate(device: str, scales: Sequence[float] = SCALES) -> dict:
+    """Measure everything, print it as it comes, and keep it in ``work/emoji/figures.json``.
+
+    The table over guidance scales has every animal twice alone and twice with two activities each; at guidance 5 all
+    306 pairs are measured besides.
+    """
     world, figures = World(device), {}
-    for scale in scales:
-        figures[str(scale)] = {"single": world.animals_named(scale, each), **world.halves(scale, each=2)}
-        print(
-            f"evaluate: w = {scale}", {key: round(value, 3) for key, value in figures[str(scale)].items()}, flush=True
-        )
+    rounds = [(f"w = {scale}", scale, 2, 2) for scale in scales] + [("all pairs, w = 5", 5.0, 1, 6)]
+    for name, scale, each, share in rounds:
+        figures[name] = {"single": world.animals_named(scale, 2), **world.halves(scale, each, share)}
+        print(f"evaluate: {name}", {key: round(value, 3) for key, value in figures[name].items()}, flush=True)
         (WORK / "figures.json").write_text(json.dumps(figures, indent=1))
     return figures
 

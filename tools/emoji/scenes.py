@@ -33,6 +33,7 @@ class Split:
     """A set of scenes that no other split shares a random draw with.
 
     ``both`` is the share of scenes that show an animal and an object: it decides how often the painter drops a half.
+    ``play``: how far place, size and colour vary, 0 … 1; at 1 an object may also stand on the other side of its animal.
     """
 
     name: str
@@ -40,12 +41,15 @@ class Split:
     seed: int
     both: float
     objects: float = 0.06
+    styles: tuple[str, ...] = STYLES
+    play: float = 1.0
 
 
 SPLITS = {
     split.name: split
     for split in (
-        Split("painter", 20_000, seed=1, both=0.30),
+        Split("painter", 12_000, seed=1, both=0.30, styles=STYLES[:1], play=0.25),
+        Split("autoencoder", 32_000, seed=6, both=0.30),
         Split("alignment", 32_000, seed=2, both=0.80, objects=0.02),
         Split("judge", 32_000, seed=3, both=0.80, objects=0.02),
         Split("heldout", 2_904, seed=4, both=0.0),
@@ -60,30 +64,29 @@ def _paste(canvas: Image.Image, sprite: Image.Image, size: float, x: float, y: f
     canvas.alpha_composite(sprite, (max(0, round(x * CANVAS - edge / 2)), max(0, round(y * CANVAS - edge / 2))))
 
 
-def compose(animal: str | None, activity: str | None, rng: np.random.Generator) -> np.ndarray:
-    """One scene, uint8 (64, 64, 3): random background, art style, place and size."""
-    style = STYLES[rng.integers(len(STYLES))]
-    colour = np.clip(np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))]) + rng.normal(0, 6, 3), 0, 255)
+def compose(animal: str | None, activity: str | None, rng: np.random.Generator, split: Split) -> np.ndarray:
+    """One scene, uint8 (64, 64, 3): random background, art style, place and size, as far as its split varies them."""
+    style = split.styles[rng.integers(len(split.styles))]
+    colour = np.clip(np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))]) + rng.normal(0, 6 * split.play, 3), 0, 255)
     canvas = Image.new("RGBA", (CANVAS, CANVAS), (*(int(c) for c in colour), 255))
-    flip, jitter = bool(rng.integers(2)), lambda spread: rng.uniform(-spread, spread)
+    around = lambda middle, spread: middle + split.play * rng.uniform(-spread, spread)  # noqa: E731
     picture = lambda noun: sprites()[style, noun]  # noqa: E731
     if animal is None or activity is None:
         noun = OBJECTS[activity] if animal is None else animal
-        size = rng.uniform(0.68, 0.9)
+        size = around(0.79, 0.11)
         slack = 0.5 - size / 2
-        _paste(canvas, picture(noun), size, 0.5 + jitter(slack), 0.5 + jitter(slack))
+        _paste(canvas, picture(noun), size, around(0.5, slack), around(0.5, slack))
     elif activity in ("riding a bike", "driving a car"):
-        size, below = rng.uniform(0.48, 0.58), rng.uniform(0.52, 0.62)
-        x = 0.5 + jitter(0.08)
-        _paste(canvas, picture(OBJECTS[activity]), below, x + jitter(0.04), 0.97 - below / 2 - rng.uniform(0, 0.04))
-        _paste(canvas, picture(animal), size, x, 0.04 + size / 2 + rng.uniform(0, 0.04))
+        size, below, x = around(0.53, 0.05), around(0.57, 0.05), around(0.5, 0.08)
+        _paste(canvas, picture(OBJECTS[activity]), below, around(x, 0.04), around(0.95, 0.02) - below / 2)
+        _paste(canvas, picture(animal), size, x, around(0.06, 0.02) + size / 2)
     else:
-        size, beside = rng.uniform(0.54, 0.66), rng.uniform(0.32, 0.42)
-        x, other = 0.04 + size / 2 + rng.uniform(0, 0.04), 0.97 - beside / 2 - rng.uniform(0, 0.04)
-        if flip:
+        size, beside = around(0.60, 0.06), around(0.37, 0.05)
+        x, other = around(0.06, 0.02) + size / 2, around(0.95, 0.02) - beside / 2
+        if split.play == 1 and rng.integers(2):
             x, other = 1 - x, 1 - other
-        _paste(canvas, picture(OBJECTS[activity]), beside, other, 0.94 - beside / 2 - rng.uniform(0, 0.08))
-        _paste(canvas, picture(animal), size, x, 0.5 + jitter(0.1))
+        _paste(canvas, picture(OBJECTS[activity]), beside, other, around(0.90, 0.04) - beside / 2)
+        _paste(canvas, picture(animal), size, x, around(0.5, 0.1))
     return np.asarray(canvas.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
@@ -100,9 +103,9 @@ def draw_classes(split: Split) -> np.ndarray:
     return rng.choice(count, size=split.size, p=shares / shares.sum())
 
 
-def _paint(job: tuple[int, int, int]) -> np.ndarray:
-    seed, index, scene = job
-    return compose(*scenes()[scene], np.random.default_rng((seed, 1, index)))
+def _paint(job: tuple[Split, int, int]) -> np.ndarray:
+    split, index, scene = job
+    return compose(*scenes()[scene], np.random.default_rng((split.seed, 1, index)), split)
 
 
 def load(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +114,7 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray]:
     classes = draw_classes(split)
     if not path.exists():
         sprites()
-        jobs = [(split.seed, index, int(scene)) for index, scene in enumerate(classes)]
+        jobs = [(split, index, int(scene)) for index, scene in enumerate(classes)]
         with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
             pictures = np.stack(list(pool.imap(_paint, jobs, chunksize=500)))
         partial = path.with_suffix(".partial.npy")

@@ -93,9 +93,9 @@ def caption_table() -> list[list[str]]:
 
 
 def snr_weights(alphas: Tensor) -> Tensor:
-    """Min-SNR weights for a network that predicts the noise: min(SNR, 5) / SNR (Hang et al. 2023, eq. 4)."""
+    """The root of the Min-SNR weights min(SNR, 5) / SNR (Hang et al. 2023), which leave too much grain at few steps."""
     snr = alphas / (1 - alphas)
-    return snr.clamp(max=SNR_CEILING) / snr
+    return (snr.clamp(max=SNR_CEILING) / snr).sqrt()
 
 
 def train(budget: Budget, device: str) -> None:

@@ -107,7 +107,7 @@ def train(budget: Budget, device: str, *, decoder_only: bool = False) -> None:
     speed_up(model)
     name = "vae-decoder" if decoder_only else "vae"
     training = Training(name, model, budget, PEAK / 2 if decoder_only else PEAK, average=0.995)
-    pictures, _ = scenes.load("painter")
+    pictures, _ = scenes.load("autoencoder")
     for step in training:
         rng = np.random.default_rng((10 + decoder_only, step))
         images = to_tensor(pictures[rng.integers(len(pictures), size=BATCH)], device)
@@ -128,7 +128,7 @@ def load(device: str = "cpu") -> AutoencoderKL:
     sharpened = WORK / "vae-decoder.train.safetensors"
     if sharpened.exists():
         trained(sharpened, model, average=True)
-    pictures, _ = scenes.load("painter")
+    pictures, _ = scenes.load("autoencoder")
     latents = encode(model, pictures[:512])
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return model.to(device)
