@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import brightness
+from brightness import brightness
 from PIL import Image
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from diffexp.experiments import FIGURES, SCALES, Bars, Panel, arms, jobs
 from diffexp.reproduce import State, Times, Trainer, painted, reproduce
 from diffexp.training import train
 
-REWARD = f"{Path(__file__).parent / 'conftest.py'}:{brightness.__name__}"
+REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
 
 
 def tiny(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -161,3 +162,22 @@ def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, mon
     monkeypatch.setattr(reproduction.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"run dolphin-ddpo-s0 failed.*\n.*failed.*\n0 of 2 runs finished; the same"):
         call("1", tmp_path, tiny(sd_folder))
+
+
+def test_ctrl_c_lets_every_run_save(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "train"
+    script.write_text('#!/bin/sh\ntrap "echo saved; exit 130" TERM\ntouch "$6.started"\nwhile :; do sleep 0.05; done\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(reproduction, "POLL", 0.05)
+    monkeypatch.setattr(reproduction.sys, "executable", str(script))
+    collect = Trainer.collect
+
+    def collected(trainer: Trainer) -> None:
+        collect(trainer)
+        if len(list((tmp_path / "emoji").glob("*.started"))) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "collect", collected)
+    with pytest.raises(KeyboardInterrupt, match="stopped with 0 of 2 runs finished"):
+        call("1", tmp_path, tiny(sd_folder))
+    assert [log.read_text() for log in (tmp_path / "emoji").glob("*.log")] == ["saved\n", "saved\n"]
