@@ -21,9 +21,9 @@ SCALES = (0.0, 1.0, 2.0, 5.0, 7.5)
 
 def pipeline(path: Path = WEIGHTS / "model", device: str = "cpu") -> StableDiffusionPipeline:
     """The painter as diffusers opens it, in float32, silent."""
-    pipe = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(path, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe.to(device, torch.float32)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ class _Similarity(nn.Module):
         self.tokenizer = CLIPTokenizer.from_pretrained(weights_path(part), local_files_only=True)
         self.device = torch.device(device)
         self.texts: dict[str, Tensor] = {}
+        self.eval()
 
     def image_features(self, images: Tensor) -> Tensor:
         """L2-normalised features (B, D) of images (B, 3, H, W) in [0, 1]."""
@@ -117,7 +118,8 @@ class EmojiAesthetic(nn.Module):
         hidden, width = tensors["0.weight"].shape
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
         self.head.load_state_dict(tensors)
-        self.head.to(device).float().eval().requires_grad_(False)
+        self.head.to(device).float().requires_grad_(False)
+        self.eval()
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Ratings (B,) of images (B, 3, H, W) in [0, 1], float32; the prompts do not matter."""
