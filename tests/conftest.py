@@ -64,11 +64,3 @@ def disturb(model: TextToImage, scale: float = 0.1) -> None:
         for name, parameter in model.trainable():
             if ".lora_B." in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=noise))
-
-
-def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """The simplest reward there is."""
-    return images.mean((1, 2, 3))
-
-
-brightness.differentiable = True

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import brightness
+from brightness import brightness
 from test_rollout import batch
 
 from diffexp import rollout

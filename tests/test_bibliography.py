@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import brightness
+from brightness import brightness
 from test_ddpo import ddpo
 from test_rollout import batch, explored
 

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import brightness
+from brightness import brightness
 from typer.testing import CliRunner
 
 from diffexp import cli
 
-REWARD = f"{Path(__file__).parent / 'conftest.py'}:{brightness.__name__}"
+REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:

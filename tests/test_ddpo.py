@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import brightness
+from brightness import brightness
 from test_rollout import explored
 
 from diffexp.algorithms import DDPO

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import brightness
+from brightness import brightness
 from safetensors.torch import save_file
 
 from diffexp import cli, train
@@ -15,7 +15,7 @@ from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.lora_header import LoraHeader, like, without_paths
 
-REWARD = f"{Path(__file__).parent / 'conftest.py'}:{brightness.__name__}"
+REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def recipe(folder: Path, algorithm: str = "ddpo", **changes: Any) -> Recipe:
             "iterations": 4,
             "samples": 4,
             "prompts": "text:a cat riding a bike",
-            "reward": f"{Path(__file__).parent / 'conftest.py'}:brightness",
+            "reward": f"{Path(__file__).parent / 'brightness.py'}:brightness",
             "device": "cpu",
             "trackers": [],
             "model": {"path": str(folder)},

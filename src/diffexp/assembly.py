@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from diffexp.evaluation import Evaluator
 from diffexp.exploration import Exploration, StepGuidance, WordWeighting
 from diffexp.learner import Learner
 from diffexp.models import TextToImage, lora
+from diffexp.parallel import ALONE, Ranks
 from diffexp.rewards.base import Reward
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Sampler
@@ -29,6 +31,8 @@ def device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -67,9 +71,9 @@ def exploration(recipe: Recipe, on: Sampler) -> Exploration:
     return Exploration(schedule, words, settings.until)
 
 
-def learner(recipe: Recipe, of: TextToImage) -> Learner:
+def learner(recipe: Recipe, of: TextToImage, ranks: Ranks = ALONE) -> Learner:
     """AdamW on the model's trainable parameters."""
-    return Learner(of.trainable(), **recipe.optimizer.model_dump())
+    return Learner(of.trainable(), **recipe.optimizer.model_dump(), ranks=ranks)
 
 
 def ddpo(recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
@@ -126,7 +130,7 @@ def algorithm(recipe: Recipe, on: Sampler, optimiser: Learner, scorer: Scorer) -
     return ALGORITHMS[type(recipe.algorithm)](recipe, recipe.algorithm, on, optimiser, scorer)
 
 
-def evaluator(recipe: Recipe, on: Sampler, known: dict[str, Reward] | None = None) -> Evaluator:
+def evaluator(recipe: Recipe, on: Sampler, known: dict[str, Reward] | None = None, ranks: Ranks = ALONE) -> Evaluator:
     """What the reward curves are made of; rewards in ``known`` are not loaded again."""
     sets = {name: prompts.load(name) for name in recipe.evaluation.prompts or (recipe.prompts,)}
     names = recipe.evaluation.rewards or tuple(member.name for member in parse(recipe.reward))
@@ -139,4 +143,5 @@ def evaluator(recipe: Recipe, on: Sampler, known: dict[str, Reward] | None = Non
         {name: (known or {}).get(name) or rewards.load(name, where) for name in names},
         recipe.evaluation.images,
         recipe.rollout.batch,
+        ranks,
     )

@@ -54,6 +54,7 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/RECIPE-sSEED.")] = None,
     quiet: Quiet = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the work.")] = 1,
     like: Annotated[
         Path | None, typer.Option(help="Instead of a recipe: a LoRA file or run, whose recipe is repeated.")
     ] = None,
@@ -66,6 +67,12 @@ def train(
 
     chosen, name = recipe_to_train(recipe, like, overrides)
     folder = out or Path("runs") / f"{name}-s{chosen.seed}"
+    if processes > 1:
+        from diffexp.launch import launch
+
+        source = [recipe] if recipe else ["--like", str(like)]
+        changes = [part for change in overrides or [] for part in ("--set", change)]
+        return launch(processes, ["train", *source, *changes, "--out", str(folder), *["--quiet"] * quiet])
     from diffexp.console import reporter
     from diffexp.training import train
 

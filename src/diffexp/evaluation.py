@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from diffexp.exploration import ConstantGuidance
+from diffexp.parallel import ALONE, Ranks
 from diffexp.rewards.base import Reward, score
 from diffexp.rollout import Batch, Sampler
 from diffexp.text import TextEmbedding
@@ -35,6 +36,7 @@ class Evaluator(NamedTuple):
     rewards: Mapping[str, Reward]
     images: int = 10
     batch: int = 8
+    ranks: Ranks = ALONE
     watch: Callable[[list[Batch]], Iterable[Batch]] = iter  # sees every batch go by: for a progress bar
 
     def __call__(self) -> list[Score]:
@@ -44,13 +46,15 @@ class Evaluator(NamedTuple):
     def scores(self, name: str) -> Iterator[Score]:
         """The scores of one prompt set, under every reward."""
         values: dict[str, list[torch.Tensor]] = {reward: [] for reward in self.rewards}
-        for chunk in self.watch(list(self.task(name).chunks(self.batch))):
+        task = self.task(name)
+        count = len(task.prompts)
+        for chunk in self.watch(list(task.select(self.ranks.share(count)).chunks(self.batch))):
             images = self.sampler.rollout(chunk, self.batch).images
             for reward, function in self.rewards.items():
                 with torch.no_grad():
                     values[reward].append(score(function, images, chunk.prompts))
         for reward, chunks in values.items():
-            rewards = torch.cat(chunks).double()
+            rewards = self.ranks.gather(torch.cat(chunks), count).double()
             yield Score(name, reward, float(rewards.mean()), float(rewards.std(correction=0)), len(rewards))
 
     def task(self, name: str) -> Batch:

@@ -1,4 +1,4 @@
-"""The optimiser: accumulates gradients, clips them, and refuses numbers that went bad."""
+"""The optimiser: accumulates gradients, sums them over processes, clips them, refuses numbers that went bad."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from diffexp.errors import UserError
+from diffexp.parallel import ALONE, Ranks
 
 
 class Learner:
-    """AdamW over a LoRA's named parameters. ``max_grad_norm`` bounds the gradient's Euclidean norm."""
+    """AdamW over a LoRA's named parameters. ``max_grad_norm`` bounds the gradient's Euclidean norm.
+
+    Each of the ``ranks`` adds its samples' share of the gradient; all of them take the same step.
+    """
 
     def __init__(
         self,
@@ -21,9 +25,10 @@ class Learner:
         weight_decay: float = 1e-4,
         eps: float = 1e-8,
         max_grad_norm: float = 1.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.parameters = dict(parameters)
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.ranks = max_grad_norm, ranks
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=eps
         )
@@ -38,6 +43,7 @@ class Learner:
         Raises:
             UserError: if the gradient is not finite. The parameters are then as they were.
         """
+        self.ranks.sum(self.gradients())
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         if not torch.isfinite(torch.tensor(norm)):
             self.optimizer.zero_grad()
@@ -48,6 +54,13 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
+
+    def gradients(self) -> list[Tensor]:
+        """Every parameter's gradient, zeros where this process had nothing to add."""
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def state(self) -> dict[str, Tensor]:
         """The optimiser's tensors, as ``<parameter>.<exp_avg | exp_avg_sq | step>``."""

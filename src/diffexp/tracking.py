@@ -13,14 +13,17 @@ from diffexp.errors import UserError
 
 
 class Trackers:
-    """A context in which ``log`` reaches every tracker of the recipe. TensorBoard is left out where not installed."""
+    """A context in which ``log`` reaches every tracker of the recipe. TensorBoard is left out where not installed.
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    Only the ``main`` process of a run sends anything.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, main: bool = True) -> None:
         names: list[Any] = [name for name in recipe.trackers if name != "tensorboard" or find_spec("tensorboard")]
         if "wandb" in names and not find_spec("wandb"):
             raise UserError("trackers = [\"wandb\"]: wandb is not installed; pip install 'diffexp[wandb]'")
         self.accelerator: Any = None
-        if names:
+        if names and main:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator(log_with=names, project_dir=folder / "logs", cpu=True)

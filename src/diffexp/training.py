@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
 from diffexp.lora_header import without_paths
 from diffexp.models import lora
+from diffexp.parallel import join
 from diffexp.randomness import generator
 from diffexp.records import CONFIG, EVALUATIONS, METRICS, JsonLines, grid, save_images, to_images
 from diffexp.reporter import Reporter
@@ -40,7 +40,11 @@ class Training:
     """One run: a recipe, and the folder that it fills. ``run`` does all of it; ``step`` is one iteration."""
 
     def __init__(self, recipe: Recipe, folder: Path, reporter: Reporter | None = None) -> None:
-        self.recipe, self.folder, self.reporter = recipe, folder, reporter or Reporter()
+        self.recipe, self.folder = recipe, folder
+        self.ranks = join(assembly.device(recipe.device))
+        self.reporter = reporter if reporter and self.ranks.main else Reporter()
+        if recipe.samples < self.ranks.size:
+            raise UserError(f"samples = {recipe.samples}: {self.ranks.size} processes need at least one each")
         self.prompts = prompts.load(recipe.prompts)
         self.model = assembly.model(recipe)
         self.texts = self.model.encode(self.prompts)
@@ -50,9 +54,9 @@ class Training:
         if recipe.algorithm.name in ("alignprop", "refl") and not self.reward.differentiable:
             needs = f"which {recipe.algorithm.name} needs: take ddpo instead"
             raise UserError(f"reward = {recipe.reward!r} has no gradient, {needs}")
-        self.evaluate = assembly.evaluator(recipe, self.sampler, {recipe.reward: self.reward})
+        self.evaluate = assembly.evaluator(recipe, self.sampler, {recipe.reward: self.reward}, self.ranks)
         assembly.add_lora(recipe, self.model)
-        self.learner = assembly.learner(recipe, self.model)
+        self.learner = assembly.learner(recipe, self.model, self.ranks)
         self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score)
         self.iteration = self.queries = self.saved = 0
 
@@ -62,11 +66,12 @@ class Training:
         self.reporter.started(self.recipe, self.folder, self.iteration)
         try:
             with (
-                Trackers(self.recipe, self.folder) as self.trackers,
+                Trackers(self.recipe, self.folder, self.ranks.main) as self.trackers,
                 Interruption(self.reporter.warned) as interruption,
             ):
                 self.loop(interruption)
-            card.write(self.folder, self.recipe, self.model.source, "text_encoder_2" in self.model.text_encoders())
+            if self.ranks.main:
+                card.write(self.folder, self.recipe, self.model.source, "text_encoder_2" in self.model.text_encoders())
             self.reporter.finished(self.folder)
         finally:
             self.reporter.closed()
@@ -86,7 +91,7 @@ class Training:
                 if self.due(self.recipe.checkpoint.every):
                     self.save_lora()
                     self.save(state)
-                if interruption.requested and self.iteration < total:
+                if self.ranks.any(interruption.requested) and self.iteration < total:
                     raise Interrupted(f"stopped after iteration {self.iteration} of {total}")
         except BaseException:
             if state:
@@ -98,7 +103,7 @@ class Training:
         start, iteration = time.perf_counter(), self.iteration + 1
         try:
             if isinstance(self.reward, Ensemble):
-                with self.reward.observing():
+                with self.reward.observing(self.ranks.concatenate):
                     metrics = self.algorithm.step(self.batch(iteration))
             else:
                 metrics = self.algorithm.step(self.batch(iteration))
@@ -108,7 +113,8 @@ class Training:
         self.queries += int(metrics.pop("queries"))
         seconds = time.perf_counter() - start
         record = {"iteration": iteration, "queries": self.queries, **metrics, "seconds": round(seconds, 3)}
-        self.metrics.append(record)
+        if self.ranks.main:
+            self.metrics.append(record)
         self.trackers.log({f"train/{key}": value for key, value in record.items() if key != "iteration"}, iteration)
         self.reporter.stepped(record)
 
@@ -146,11 +152,12 @@ class Training:
             self.reporter.evaluating(self.iteration)
             for result in self.evaluate():
                 record = {"iteration": self.iteration, "queries": self.queries, **result._asdict()}
-                self.evaluations.append(record)
+                if self.ranks.main:
+                    self.evaluations.append(record)
                 tag = f"evaluation/{result.prompts}/{result.reward}"
                 self.trackers.log({tag: result.mean, "train/queries": self.queries}, self.iteration)
                 self.reporter.evaluated(record)
-        if self.recipe.preview.images and self.due(self.recipe.preview.every):
+        if self.ranks.main and self.recipe.preview.images and self.due(self.recipe.preview.every):
             self.preview()
 
     def preview(self) -> None:
@@ -172,21 +179,12 @@ class Training:
         Raises:
             UserError: if the folder holds a finished run, the run of another recipe, or something else.
         """
-        resolved, config = self.recipe.to_toml(), self.folder / CONFIG
-        newest = checkpoint.read_newest(self.folder / "checkpoints")
-        if config.is_file():
-            check_same(self.folder, config.read_text(encoding="utf-8"), resolved)
-            if newest and newest.numbers["iteration"] >= self.recipe.iterations:
-                raise UserError(f"--out {self.folder} already holds this run, finished: choose another folder")
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(f"--out {self.folder} holds other files and no run: choose a new or an empty folder")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            config.write_text(resolved, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: can't write there ({error.strerror})") from error
+        if self.ranks.main:
+            prepare(self.folder, self.recipe)
+        self.ranks.wait()
         self.metrics, self.evaluations = JsonLines(self.folder / METRICS), JsonLines(self.folder / EVALUATIONS)
-        self.restore(newest)
+        self.restore(checkpoint.read_newest(self.folder / "checkpoints"))
+        self.ranks.wait()
 
     def capture(self) -> State:
         """Everything that the next iteration depends on, copied: whatever happens in it, this can still be saved."""
@@ -206,7 +204,7 @@ class Training:
     def save(self, state: State) -> None:
         """Makes a state the run's newest checkpoint."""
         iteration = state.numbers["iteration"]
-        if iteration == self.saved:
+        if iteration == self.saved or not self.ranks.main:
             return
         folder, keep = self.folder / "checkpoints", self.recipe.checkpoint.keep_last
         checkpoint.write(folder, iteration, state.tensors, state.numbers, keep)
@@ -215,6 +213,8 @@ class Training:
 
     def save_lora(self) -> None:
         """Both LoRA files, with what made them in their headers."""
+        if not self.ranks.main:
+            return
         recipe = self.recipe.model_dump(mode="json", exclude={"device", "trackers"})
         metadata = {
             "diffexp.recipe": json.dumps(without_paths(recipe)),
@@ -229,12 +229,10 @@ class Training:
     def restore(self, newest: checkpoint.Checkpoint | None) -> None:
         """Goes back to a checkpoint, or to the untouched model, and cuts the records to what was known then."""
         if newest is None:
-            self.metrics.cut(0)
-            self.evaluations.cut(0)
+            self.cut(0, 0)
             return
         for damaged in newest.damaged:
             self.reporter.warned(f"passed over a damaged checkpoint: {damaged}")
-            shutil.rmtree(damaged)
         tensors, numbers = newest.tensors, newest.numbers
         lora.set_state(self.model, section(tensors, "lora."))
         self.learner.load_state(section(tensors, "optimizer."))
@@ -243,15 +241,41 @@ class Training:
             self.reward.load_state_dict(numbers["reward"])
         self.iteration = self.saved = numbers["iteration"]
         self.queries = numbers["queries"]
-        self.metrics.cut(numbers[METRICS])
-        self.evaluations.cut(numbers[EVALUATIONS])
+        self.cut(numbers[METRICS], numbers[EVALUATIONS])
         if numbers["version"] != __version__:
             self.reporter.warned(f"the run was begun by version {numbers['version']}, this is {__version__}")
+
+    def cut(self, metrics: int, evaluations: int) -> None:
+        """Takes back what the records say of iterations after the restored one."""
+        if self.ranks.main:
+            self.metrics.cut(metrics)
+            self.evaluations.cut(evaluations)
 
 
 def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def prepare(folder: Path, recipe: Recipe) -> None:
+    """Makes a run folder with its ``config.toml``, or checks that the one there is the same recipe's unfinished run.
+
+    Raises:
+        UserError: if it is not, or the folder can't be written.
+    """
+    resolved, config = recipe.to_toml(), folder / CONFIG
+    if config.is_file():
+        check_same(folder, config.read_text(encoding="utf-8"), resolved)
+        newest = checkpoint.read_newest(folder / "checkpoints")
+        if newest and newest.numbers["iteration"] >= recipe.iterations:
+            raise UserError(f"--out {folder} already holds this run, finished: choose another folder")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--out {folder} holds other files and no run: choose a new or an empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(resolved, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {folder}: can't write there ({error.strerror})") from error
 
 
 def check_same(folder: Path, old: str, new: str) -> None:

@@ -43,14 +43,17 @@ class AlignProp:
     def step(self, batch: Batch) -> Metrics:
         """One iteration: sample with a graph over the last steps, score, backpropagate, update."""
         learn = self.learned_steps(batch)
-        rewards, count = [], len(batch.prompts) * self.copies
-        for piece in batch.chunks(self.update_batch):
+        ranks, count, queries = self.learner.ranks, len(batch.prompts), len(batch.prompts) * self.copies
+        rewards: list[Tensor] = []
+        for piece in batch.select(ranks.share(count)).chunks(self.update_batch):
             latents = self.sampler.denoise(piece, learn)[0][-1]
+            scored: list[Tensor] = []
             for x_0 in [latents, *self.renoised(piece, latents.detach())]:
                 reward = self.reward(self.sampler.model.decode(x_0), piece.prompts)
-                self.learner.backward(-reward.sum() / count)
-                rewards.append(reward.detach())
-        metrics = reward_metrics(torch.cat(rewards), queries=count)
+                self.learner.backward(-reward.sum() / queries)
+                scored.append(reward.detach())
+            rewards.append(torch.stack(scored, dim=1))
+        metrics = reward_metrics(ranks.gather(torch.cat(rewards), count), queries)
         return {**metrics, "backprop_steps": float(sum(learn)), "grad_norm": self.learner.step()}
 
     def learned_steps(self, batch: Batch) -> list[bool]:

@@ -58,15 +58,18 @@ class DDPO:
 
     def step(self, batch: Batch) -> Metrics:
         """One iteration: rollout, reward, update. Costs one reward query a sample."""
-        trajectory = self.sampler.rollout(batch, self.rollout_batch)
-        rewards = self.reward(trajectory.images, batch.prompts)
-        advantages = self.advantage(batch, rewards)
-        metrics = reward_metrics(rewards, queries=len(rewards))
-        updates = [
-            self.update(trajectory, advantages, rows)
-            for epoch in range(self.inner_epochs)
-            for rows in self.split(batch, epoch)
-        ]
+        count = len(batch.prompts)
+        own = self.learner.ranks.share(count)
+        mine = batch.select(own)
+        trajectory = self.sampler.rollout(mine, self.rollout_batch)
+        rewards = self.learner.ranks.gather(self.reward(trajectory.images, mine.prompts), count)
+        advantages = self.advantage(batch, rewards)[own]
+        metrics = reward_metrics(rewards, queries=count)
+        updates = []
+        for epoch in range(self.inner_epochs):
+            for part in self.split(batch, epoch):
+                rows = [row for row, sample in enumerate(own) if sample in part]
+                updates.append(self.update(trajectory, advantages, rows, len(part)))
         for key in updates[0]:
             metrics[key] = sum(update[key] for update in updates) / len(updates)
         return metrics
@@ -97,18 +100,24 @@ class DDPO:
             if t >= self.min_timestep and schedule.std(i, self.sampler.eta) > 0
         ]
 
-    def update(self, trajectory: Trajectory, advantages: Tensor, rows: list[int]) -> Metrics:
-        """One optimiser step on the transitions of some samples. Gradients flow through both halves of the guidance."""
+    def update(self, trajectory: Trajectory, advantages: Tensor, rows: list[int], count: int) -> Metrics:
+        """One optimiser step on the transitions of ``count`` samples, of which ``rows`` are this process's.
+
+        Gradients flow through both halves of the guidance.
+        """
         steps = self.learned_steps()
-        means: Metrics = {}
+        means = dict.fromkeys(("loss", "ratio_deviation", "clip_fraction", "approx_kl", "kl_to_base"), 0.0)
         for start in range(0, len(rows), self.update_batch):
             micro = rows[start : start + self.update_batch]
             for i in steps:
                 figures = self.figures(trajectory, i, micro, advantages[micro])
-                shares = {key: figure.sum() / (len(rows) * len(steps)) for key, figure in figures.items()}
+                shares = {key: figure.sum() / (count * len(steps)) for key, figure in figures.items()}
                 self.learner.backward(shares["loss"])
-                means = {key: means.get(key, 0.0) + share.item() for key, share in shares.items()}
-        return {**means, "grad_norm": self.learner.step()}
+                for key, share in shares.items():
+                    means[key] += share.item()
+        if not self.kl:
+            del means["kl_to_base"]
+        return {**self.learner.ranks.total(means), "grad_norm": self.learner.step()}
 
     def figures(self, trajectory: Trajectory, i: int, rows: list[int], advantage: Tensor) -> dict[str, Tensor]:
         """The loss of step i for some samples, with a graph, and what tells how far the policy has moved: each (B,)."""

@@ -33,18 +33,18 @@ class ReFL:
 
     def step(self, batch: Batch) -> Metrics:
         """One iteration; costs one reward query a sample."""
-        schedule, rewards = self.sampler.schedule, []
+        schedule, ranks, count, rewards = self.sampler.schedule, self.learner.ranks, len(batch.prompts), []
         i = self.chosen_step(batch)
         w, t = self.sampler.scales(batch.guidance)[i], schedule.timesteps[i]
-        for piece in batch.chunks(self.update_batch):
+        for piece in batch.select(ranks.share(count)).chunks(self.update_batch):
             with torch.no_grad():
                 x_t = self.sampler.denoise(piece, until=i)[0][-1]
             output = self.sampler.model.predict(x_t, t, piece.text, w)
             x_0, _ = denoised(schedule.prediction_type, schedule.alpha_bar[i], x_t, output)
             reward = self.reward(self.sampler.model.decode(x_0), piece.prompts)
-            self.learner.backward(-reward.sum() / len(batch.prompts))
+            self.learner.backward(-reward.sum() / count)
             rewards.append(reward.detach())
-        metrics = reward_metrics(torch.cat(rewards), queries=len(batch.prompts))
+        metrics = reward_metrics(ranks.gather(torch.cat(rewards), count), queries=count)
         return {**metrics, "step": float(i), "grad_norm": self.learner.step()}
 
     def chosen_step(self, batch: Batch) -> int:

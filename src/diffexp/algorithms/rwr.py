@@ -41,20 +41,22 @@ class RewardWeightedRegression:
 
     def step(self, batch: Batch) -> Metrics:
         """One iteration: rollout, reward, one regression step. Costs one reward query a sample."""
-        trajectory = self.sampler.rollout(batch, self.rollout_batch)
-        rewards = self.reward(trajectory.images, batch.prompts)
-        weights = regression_weights(rewards, self.temperature)
-        count, loss = len(batch.prompts), 0.0
-        for start in range(0, count, self.update_batch):
-            rows = range(start, min(start + self.update_batch, count))
-            piece, x_0 = batch.select(rows), trajectory.latents[-1, list(rows)]
+        ranks, count, loss = self.learner.ranks, len(batch.prompts), 0.0
+        own = ranks.share(count)
+        mine = batch.select(own)
+        trajectory = self.sampler.rollout(mine, self.rollout_batch)
+        rewards = ranks.gather(self.reward(trajectory.images, mine.prompts), count)
+        weights = regression_weights(rewards, self.temperature)[own]
+        for start in range(0, len(own), self.update_batch):
+            rows = range(start, min(start + self.update_batch, len(own)))
+            piece, x_0 = mine.select(rows), trajectory.latents[-1, list(rows)]
             for k in range(self.draws):
                 i = self.drawn_step(batch, k)
                 share = (weights[list(rows)] * self.errors(piece, x_0, i, k)).sum() / (count * self.draws)
                 self.learner.backward(share)
                 loss += share.item()
         metrics = reward_metrics(rewards, queries=count)
-        return {**metrics, "loss": loss, "grad_norm": self.learner.step()}
+        return {**metrics, **ranks.total({"loss": loss}), "grad_norm": self.learner.step()}
 
     def errors(self, piece: Batch, x_0: Tensor, i: int, k: int) -> Float[Tensor, " B"]:
         """Each sample's denoising error at step i, with fresh noise."""

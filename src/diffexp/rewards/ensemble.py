@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -110,8 +110,11 @@ class Ensemble:
             self.observe(self.scores(images, prompts))
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Collect every score made inside the block, and move the statistics by them when it ends without error."""
+    def observing(self, everyones: Callable[[Tensor], Tensor] = lambda scores: scores) -> Iterator[None]:
+        """Collect every score made inside the block, and move the statistics by them when it ends without error.
+
+        ``everyones`` turns this process's scores (n, R) into those of all processes, where there are several.
+        """
         self._observed = []
         try:
             yield
@@ -119,7 +122,7 @@ class Ensemble:
         finally:
             self._observed = None
         if observed:
-            self.observe(torch.cat(observed))
+            self.observe(everyones(torch.cat(observed)))
 
     def freeze(self) -> None:
         """Keep the statistics as they are from now on."""

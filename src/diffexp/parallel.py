@@ -1,0 +1,94 @@
+"""Several processes on one run: each paints its share of the samples, and they learn as one.
+
+Every rank holds the same model and adapter. Samples are dealt out by their index, and noise belongs to the sample, so
+that the number of ranks changes no image. Rewards are gathered once an iteration, gradients summed once an update.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: ``rank`` of ``size``. Alone, every method does nothing."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"  # where messages are kept: NCCL takes none from the CPU
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def share(self, count: int) -> list[int]:
+        """Which of ``count`` samples are this rank's."""
+        return list(range(self.rank, count, self.size))
+
+    def gather(self, own: Tensor, count: int) -> Tensor:
+        """All ``count`` rows, in the samples' order, out of each rank's own (n, …)."""
+        order = [sample for rank in range(self.size) for sample in range(rank, count, self.size)]
+        joined = self.concatenate(own)
+        whole = torch.empty_like(joined)
+        whole[order] = joined
+        return whole
+
+    def concatenate(self, own: Tensor) -> Tensor:
+        """The rows of all ranks, one rank after the other."""
+        if self.size == 1:
+            return own
+        counts = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        counts[self.rank] = len(own)
+        self.sum([counts])
+        start, total = int(counts[: self.rank].sum()), int(counts.sum())
+        whole = own.new_zeros((total, *own.shape[1:]))
+        whole[start : start + len(own)] = own
+        self.sum([whole])
+        return whole
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Replaces tensors, on every rank, by their sums over all ranks: one message for all of them."""
+        parts = list(tensors)
+        if self.size == 1 or not parts:
+            return
+        flat = torch.cat([part.flatten().double() for part in parts])
+        dist.all_reduce(flat)
+        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))
+
+    def total(self, figures: dict[str, float]) -> dict[str, float]:
+        """Figures summed over all ranks."""
+        values = [torch.tensor(value, dtype=torch.float64, device=self.device) for value in figures.values()]
+        self.sum(values)
+        return dict(zip(figures, (value.item() for value in values), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return self.total({"flag": float(flag)})["flag"] > 0
+
+    def wait(self) -> None:
+        """Returns when every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def join(device: torch.device) -> Ranks:
+    """This process's place, as ``--processes``, torchrun or accelerate tell it in the environment; else alone."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return Ranks(dist.get_rank(), dist.get_world_size(), str(device))
