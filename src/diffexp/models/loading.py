@@ -8,8 +8,6 @@ run code that a repository names (CVE-2026-44513), and an index can change betwe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from huggingface_hub import HfApi, snapshot_download
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from diffexp.emoji import model_path
 from diffexp.errors import UserError
 from diffexp.models.base import Source, TextToImage, ddim_scheduler
 from diffexp.models.sdxl import StableDiffusionXL
 from diffexp.models.stable_diffusion import StableDiffusion
+from diffexp.quiet import no_progress_bars
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -121,15 +119,3 @@ def reject_foreign_code(config: Path) -> None:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Weights load without transformers' progress bars, which would break into ours."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

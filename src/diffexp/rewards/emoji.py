@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffexp.emoji import weights_path
+from diffexp.quiet import no_progress_bars
 
 SIZE = 64
 TOKENS = 16
@@ -76,7 +77,8 @@ class EmojiAlignment(_Similarity):
     def __init__(self, device: str | torch.device = "cpu") -> None:
         from transformers import CLIPModel
 
-        model = CLIPModel.from_pretrained(weights_path("alignment"), use_safetensors=True, local_files_only=True)
+        with no_progress_bars():
+            model = CLIPModel.from_pretrained(weights_path("alignment"), use_safetensors=True, local_files_only=True)
         super().__init__("alignment", model, device)
 
 
@@ -92,7 +94,8 @@ class EmojiJudge(_Similarity):
         from transformers import VisionTextDualEncoderModel
 
         path = weights_path("judge")
-        model = VisionTextDualEncoderModel.from_pretrained(path, use_safetensors=True, local_files_only=True)
+        with no_progress_bars():
+            model = VisionTextDualEncoderModel.from_pretrained(path, use_safetensors=True, local_files_only=True)
         super().__init__("judge", model, device)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffexp.errors import UserError
+from diffexp.quiet import no_progress_bars
 from diffexp.rewards.sources import TRUST, Source, cache_folder, converted_folder, find_converted, trusted
 
 State = dict[str, Tensor]
@@ -68,9 +69,10 @@ def frozen(model: type[Model], folder: Path, device: torch.device | str, dtype: 
         UserError: if the folder's weights are not exactly those of the class.
     """
     try:
-        loaded, report = model.from_pretrained(  # type: ignore[attr-defined]
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **kwargs
-        )
+        with no_progress_bars():
+            loaded, report = model.from_pretrained(  # type: ignore[attr-defined]
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **kwargs
+            )
     except OSError as error:
         raise UserError(f"{folder} cannot be read as a {model.__name__}: {_first_line(error)}") from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
