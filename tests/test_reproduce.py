@@ -97,7 +97,7 @@ def test_grids_bars_and_curves_share_runs(sd_folder: Path, tmp_path: Path, here:
         assert picture.width > 4 * 128
     assert "4 runs, 2 finished" in call("17a", tmp_path, settings, seeds=2, dry_run=True)
     call("17a", tmp_path, settings)
-    assert "text:bike" in (folder / "figures" / "figure-17a.svg").read_text()
+    assert "bike" in (folder / "figures" / "figure-17a.svg").read_text()
     assert not (folder / "figures" / "figure-17a").exists(), "statistics are about training prompts"
     drawing = Drawing(SCALES["emoji"], folder, tmp_path, 1, settings)
     drawing.draw("bars", Bars("", [Panel("DrawBench", "drawbench", arms("alignprop", "diffexp"), held_out=True)]))

@@ -119,7 +119,8 @@ class Drawing:
         for arm in panel.arms:
             folder = self.folders(panel.task, arm)[0] / "samples"
             moments = sorted(path for path in folder.glob("iteration-*") if path.is_dir())
-            picked = [moments[round(k * (len(moments) - 1) / (MOMENTS - 1))] for k in range(MOMENTS)]
+            places = sorted({round(k * (len(moments) - 1) / (MOMENTS - 1)) for k in range(MOMENTS)})
+            picked = [moments[place] for place in places]
             samples = self.job(panel.task, arm).recipe.samples
             heads = [f"{int(path.name.removeprefix('iteration-')) * samples:,} queries" for path in picked]
             for k in range(2):
@@ -207,4 +208,5 @@ def saved(picture: Image, path: Path) -> Path:
 
 def shortened(name: str, most: int = 40) -> str:
     """A prompt set's name as an axis has room for it."""
+    name = name.removeprefix("text:")
     return name if len(name) <= most else f"{name[: most - 1]}…"

@@ -137,7 +137,10 @@ SCALES = {
         {
             # ours: 32 images of the one prompt, as the mean of a few would be noise.
             "dolphin": Task(
-                f"text:{DOLPHIN}", "emoji-alignment", held_out="emoji-judge", settings={"evaluation.images": 32}
+                f"text:{DOLPHIN}",
+                "emoji-alignment",
+                held_out="emoji-judge",
+                settings={"evaluation.images": 32, "preview.every": 5},
             ),
             "aesthetic": Task("animals", "emoji-aesthetic", "animals-unseen", "emoji-judge"),
             "pickscore": Task("animal-activities", "emoji-alignment", "animal-activities-unseen", "emoji-judge"),
@@ -186,15 +189,15 @@ VARIANTS = {
     "guidance": Variant("{} + guidance schedule", {"exploration.words": None}),
     "words": Variant("{} + word weighting", {"exploration.guidance": None}),
     # "variants of our models with t_thres = {900, 800, 700}"; 900 is "diffexp".
-    "threshold-800": Variant("{} + DiffExp, t_thres = 800", {"exploration.guidance": {"threshold": 800}}),
-    "threshold-700": Variant("{} + DiffExp, t_thres = 700", {"exploration.guidance": {"threshold": 700}}),
+    "threshold-800": Variant("DiffExp, t_thres = 800", {"exploration.guidance": {"threshold": 800}}),
+    "threshold-700": Variant("DiffExp, t_thres = 700", {"exploration.guidance": {"threshold": 700}}),
     # ours, as the next two: w_l is only "an extremely low value"; 0 is the unconditional prediction.
-    "low-0": Variant("{} + DiffExp, w_l = 0", {"exploration.guidance.low": 0.0}),
-    "low-2": Variant("{} + DiffExp, w_l = 2", {"exploration.guidance.low": 2.0}),
-    "words-1.1": Variant("{} + DiffExp, U(1, 1.1)", {"exploration.words.high": 1.1}),
-    "words-1.5": Variant("{} + DiffExp, U(1, 1.5)", {"exploration.words.high": 1.5}),
-    "until-0.5": Variant("{} + DiffExp, for 1/2", {"exploration.until": 0.5}),
-    "until-1": Variant("{} + DiffExp, to the end", {"exploration.until": 1.0}),
+    "low-0": Variant("DiffExp, w_l = 0", {"exploration.guidance.low": 0.0}),
+    "low-2": Variant("DiffExp, w_l = 2", {"exploration.guidance.low": 2.0}),
+    "words-1.1": Variant("DiffExp, U(1, 1.1)", {"exploration.words.high": 1.1}),
+    "words-1.5": Variant("DiffExp, U(1, 1.5)", {"exploration.words.high": 1.5}),
+    "until-0.5": Variant("DiffExp, for 1/2", {"exploration.until": 0.5}),
+    "until-1": Variant("DiffExp, to the end", {"exploration.until": 1.0}),
 }
 TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
 
@@ -224,8 +227,8 @@ def ablation(title: str, setting: str, *variants: str) -> Curves:
 
     ``setting`` is the value that DiffExp itself has.
     """
-    labels = {"diffexp": f"{VARIANTS['diffexp'].label}, {setting}"}
-    return Curves(title, [Panel("PickScore", "pickscore", arms("alignprop", *variants, "diffexp"), labels=labels)])
+    labels = {"diffexp": f"DiffExp, {setting}"}
+    return Curves(title, [Panel("PickScore", "pickscore", arms("alignprop", "diffexp", *variants), labels=labels)])
 
 
 FIGURES: dict[str, Figure] = {
@@ -248,7 +251,7 @@ FIGURES: dict[str, Figure] = {
         "Each module alone",
         [Panel("Aesthetic", "aesthetic", ABLATION), Panel("PickScore", "pickscore", ABLATION)],
     ),
-    "9b": ablation("How long the guidance stays low", "t_thres = 900", "threshold-700", "threshold-800"),
+    "9b": ablation("How long the guidance stays low", "t_thres = 900", "threshold-800", "threshold-700"),
     "9c": ablation("How low the guidance is (not in the paper)", "w_l = 1", "low-0", "low-2"),
     "9d": ablation("How much a word weighs (not in the paper)", "U(1, 1.2)", "words-1.1", "words-1.5"),
     "9e": ablation("How long training explores (not in the paper)", "for 3/4", "until-0.5", "until-1"),

@@ -146,7 +146,10 @@ def bars(groups: Sequence[Group], ylabel: str) -> Figure:
                     ax.vlines(x, bar.low, bar.high, color=INK, linewidth=1.4)
             ax.hlines(group.start, place - width, place + width, color=INK, linewidth=1.4, linestyle=(0, (2, 1)))
         ax.set_xticks(range(len(groups)), [group.title for group in groups])
-        ax.set_ylabel(f"{ylabel}; dashed: untouched model")
+        ax.set_ylabel(ylabel)
+        ax.set_title("dashed: the untouched model", fontsize=9, fontweight="normal", color=MUTED)
+        ax.use_sticky_edges = False  # bars may start below the lowest tick
+        ax.margins(y=0.06)
         figure.legend(loc="outside upper left", ncols=4, frameon=False)
     return figure
 
@@ -286,7 +289,9 @@ def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], title: str)
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], linewidth=2.6, label=label, **style) for label, style in styles.items()]
-    columns = min(len(handles), max(1, int(figure.get_figwidth() // 2.1)))
+    # A letter is about a twelfth of an inch wide, the line before it and the gap behind it half an inch.
+    width = max(2.1, 0.5 + max(len(label) for label in styles) / 12)
+    columns = min(len(handles), max(1, int(figure.get_figwidth() // width)))
     figure.legend(
         handles=handles, loc="outside upper left", ncols=columns, frameon=False, handlelength=2.6, title=title
     )
