@@ -90,14 +90,16 @@ def gallery(samples: Path, images: Path) -> list[dict[str, Any]]:
     """Copies up to ``SHOWN`` previews of the untouched and the final model; returns the hub's widget for them."""
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
-    moments = sorted(path for path in samples.glob("iteration-*") if path.is_dir())
+    moments = [path for path in samples.glob("iteration-*") if path.is_dir()]
+    moments.sort(key=lambda path: int(path.name.removeprefix("iteration-")))
     if not moments:
         return []
     from PIL import Image
 
     prompts = json.loads((samples / "prompts.json").read_text(encoding="utf-8"))
     picked = [k * len(prompts) // min(SHOWN, len(prompts)) for k in range(min(SHOWN, len(prompts)))]
-    widget, rows = [], []
+    widget: list[dict[str, Any]] = []
+    rows: list[list[Image.Image]] = []
     for label, moment in (("before", moments[0]), ("after", moments[-1])):
         row = []
         for k in picked:
@@ -107,7 +109,7 @@ def gallery(samples: Path, images: Path) -> list[dict[str, Any]]:
             with Image.open(moment / f"{k}.png") as image:
                 row.append(image.convert("RGB"))
         rows.append(row)
-    figures.before_after(*rows, [prompts[k] for k in picked]).save(images / "before-after.png")
+    figures.before_after(rows[0], rows[1], [prompts[k] for k in picked]).save(images / "before-after.png")
     return widget[len(picked) :] + widget[: len(picked)]
 
 

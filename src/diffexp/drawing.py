@@ -118,7 +118,8 @@ class Drawing:
         rows, labels, heads = [], [], []
         for arm in panel.arms:
             folder = self.folders(panel.task, arm)[0] / "samples"
-            moments = sorted(path for path in folder.glob("iteration-*") if path.is_dir())
+            moments = [path for path in folder.glob("iteration-*") if path.is_dir()]
+            moments.sort(key=lambda path: int(path.name.removeprefix("iteration-")))
             places = sorted({round(k * (len(moments) - 1) / (MOMENTS - 1)) for k in range(MOMENTS)})
             picked = [moments[place] for place in places]
             samples = self.job(panel.task, arm).recipe.samples
