@@ -18,7 +18,6 @@ from diffexp import train
 from diffexp.config import Recipe
 from diffexp.parallel import Ranks
 
-
 LOOSE = ("loss", "grad_norm", "ratio_deviation", "approx_kl", "reward_std")
 
 
