@@ -31,6 +31,7 @@ def settings(folder: Path) -> list[str]:
         "prompts": "text:a cat",
         "iterations": 1,
         "samples": 2,
+        "rollout.images_per_prompt": 1,
         "sampler.steps": 2,
         "evaluation.rewards": [REWARD],
         "evaluation.prompts": ["text:a cat", "text:bike"],

@@ -59,7 +59,7 @@ def test_overrides_reach_every_depth() -> None:
     assert changed.exploration.guidance.low == 0
     assert changed.exploration.guidance.fraction == 0.1
     assert (changed.seed, changed.lora.targets, changed.reward) == (3, ("to_q",), "jpeg-compressibility")
-    assert isinstance(Recipe.load("emoji-ddpo", {"algorithm.name": "alignprop"}).algorithm, AlignPropSettings)
+    assert isinstance(Recipe.load("emoji-ddpo", {"algorithm": {"name": "alignprop"}}).algorithm, AlignPropSettings)
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
