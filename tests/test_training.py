@@ -133,6 +133,10 @@ def test_exploration_ends_and_never_reaches_evaluation(sd_folder: Path, tmp_path
     assert torch.equal(task.text.hidden, training.texts.select([0, 0]).hidden)
 
 
+def test_the_kl_weight_of_a_recipe_reaches_ddpo(sd_folder: Path, tmp_path: Path) -> None:
+    assert Training(recipe(sd_folder, **{"algorithm.kl": 0.25}), tmp_path / "run").algorithm.kl == 0.25
+
+
 def test_images_of_a_group_share_their_prompt(sd_folder: Path, tmp_path: Path) -> None:
     settings = recipe(sd_folder, prompts="animals", samples=12, **{"rollout.images_per_prompt": 3})
     prompts = Training(settings, tmp_path / "run").batch(1).prompts

@@ -88,6 +88,7 @@ def ddpo(recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner
         minibatches=settings.minibatches,
         advantages=statistics,
         min_timestep=settings.min_timestep,
+        kl=settings.kl,
         rollout_batch=recipe.rollout.batch,
         update_batch=recipe.update.batch,
     )

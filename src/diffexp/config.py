@@ -121,6 +121,8 @@ class DDPOSettings(Settings):
     """Rewards a prompt needs before its own statistics count."""
     min_timestep: Annotated[int, Field(ge=0, le=1000)] = 0
     """Leave steps at t below this out of the loss (not in the paper)."""
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence to the untouched model (DPOK); costs one more forward pass."""
 
 
 class AlignPropSettings(Settings):
