@@ -78,9 +78,9 @@ def test_no_gradient_before_the_last_steps(double: Sampler, last: int, monkeypat
 def test_micro_batches_change_no_gradient(double: Sampler, settings: dict[str, int]) -> None:
     sampler = double
     on = batch(sampler.model)
-    start = lora.state(sampler.model)
+    start = sampler.model.state()
     whole = caught_gradient(align(sampler, update_batch=4, **settings), on)
-    lora.set_state(sampler.model, start)
+    sampler.model.set_state(start)
     pieces = caught_gradient(align(sampler, update_batch=3, **settings), on)
     for name in whole:
         torch.testing.assert_close(pieces[name], whole[name], rtol=1e-6, atol=1e-14)
@@ -90,9 +90,9 @@ def test_micro_batches_change_no_gradient(double: Sampler, settings: dict[str, i
 def test_recomputing_activations_changes_no_gradient(double: Sampler) -> None:
     sampler = double
     on = batch(sampler.model)
-    start = lora.state(sampler.model)
+    start = sampler.model.state()
     plain = caught_gradient(align(sampler), on)
-    lora.set_state(sampler.model, start)
+    sampler.model.set_state(start)
     sampler.model.checkpointing(unet=True, decoder=True)
     recomputed = caught_gradient(align(sampler), on)
     for name in plain:

@@ -89,9 +89,9 @@ def test_regression_weights_by_hand() -> None:
 
 @only_sd
 def test_regression_does_not_depend_on_memory_settings(double: Sampler) -> None:
-    start, losses = lora.state(double.model), []
+    start, losses = double.model.state(), []
     for sizes in ((4, 4), (3, 1)):
-        lora.set_state(double.model, start)
+        double.model.set_state(start)
         learner = Learner(double.model.trainable(), 1e-3)
         algorithm = RewardWeightedRegression(double, learner, brightness, 1.0, 2, *sizes)
         losses.append(algorithm.step(batch(double.model))["loss"])

@@ -99,9 +99,9 @@ def test_policy_gradient_is_the_advantage_weighted_score(sampler: Sampler) -> No
 @pytest.mark.parametrize("model", ["sd"], indirect=True)
 @pytest.mark.parametrize("sizes", [(1, 4), (4, 1), (3, 2)])
 def test_memory_settings_change_no_update(double: Sampler, sizes: tuple[int, int]) -> None:
-    start, results = lora.state(double.model), []
+    start, results = double.model.state(), []
     for rollout_batch, update_batch in ((4, 4), sizes):
-        lora.set_state(double.model, start)
+        double.model.set_state(start)
         ddpo(double, rollout_batch=rollout_batch, update_batch=update_batch).step(explored(double.model, 1.0))
         results.append(parameters(double.model))
     # AdamW's first step is lr · sign(gradient), 1e-3: compare at a thousandth of it

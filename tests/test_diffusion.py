@@ -11,7 +11,7 @@ from tiny import SCHEDULER, write_pipeline
 from diffexp import models
 from diffexp.diffusion import Transition, ddim
 from diffexp.errors import UserError
-from diffexp.models.base import ddim_scheduler
+from diffexp.models.schedulers import ddim_scheduler
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffexp import models
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
+from diffexp.lora_header import METADATA_KEY
 from diffexp.models import TextToImage, lora
 from diffexp.records import to_images
 from diffexp.rollout import Batch, Sampler
@@ -110,7 +111,7 @@ def test_load_restores_what_save_wrote(sd_folder: Path, tmp_path: Path) -> None:
     with safe_open(saved, "pt") as file:
         header = file.metadata()
     assert header["diffexp.reward"] == "brightness"
-    assert json.loads(header[lora.METADATA_KEY])["unet.lora_alpha"] == 6
+    assert json.loads(header[METADATA_KEY])["unet.lora_alpha"] == 6
 
 
 def test_foreign_files_are_refused(sd_folder: Path, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_foreign_files_are_refused(sd_folder: Path, tmp_path: Path) -> None:
         lora.load(model, bad)
     lora.add(model, rank=2)
     with pytest.raises(UserError, match="does not fit"):
-        lora.set_state(model, {"weight": torch.ones(1)})
+        model.set_state({"weight": torch.ones(1)})
 
 
 def test_images_are_rounded_not_cut() -> None:

@@ -19,7 +19,7 @@ from diffexp.errors import UserError
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
-from diffexp.lora_header import LoraHeader
+from diffexp.lora_header import DIFFUSERS_FILE, LoraHeader
 from diffexp.lora_header import like as recipe_like
 from diffexp.models import lora
 from diffexp.records import CONFIG, grid, save_images, to_images
@@ -79,7 +79,7 @@ def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
     if config.is_file():
         recipe = Recipe.parse(read_toml(config), str(config), changes)
         model = assembly.model(recipe)
-        lora.load(model, Path(target) / "lora" / lora.DIFFUSERS_FILE)
+        lora.load(model, Path(target) / "lora" / DIFFUSERS_FILE)
     else:
         recipe = Recipe.parse({"model": {"path": target}}, target, changes)
         model = assembly.model(recipe)

@@ -87,21 +87,24 @@ class WordWeighting:
 
     def apply(self, text: TextEmbedding, choice: WordChoice) -> TextEmbedding:
         """The text with each sample's chosen word weighted. A prompt without words stays as it is."""
-        hidden = text.hidden.clone()
+        weights = torch.ones(text.hidden.shape[:2], device=text.hidden.device)
         for row, (words, word, weight) in enumerate(zip(text.words, *choice, strict=True)):
             if units := self.units(words):
-                i = list(units[word])
-                hidden[row, i] = weighted(hidden[row, i], text.null_hidden[i], weight)
-        return text._replace(hidden=hidden)
+                weights[row, list(units[word])] = weight
+        return weighted(text, weights)
 
     def units(self, words: Words) -> Words:
         """What can be chosen in a prompt: its words, or the tokens of its words."""
         return words if self.unit == "word" else [(position,) for word in words for position in word]
 
 
-def weighted(c: Float[Tensor, "n D"], c_null: Float[Tensor, "n D"], w_prompt: float) -> Float[Tensor, "n D"]:
-    """The right-hand side of Eq. 8, for the n tokens of one word."""
-    return c_null + w_prompt * (c - c_null)
+def weighted(text: TextEmbedding, weights: Float[Tensor, "B L"]) -> TextEmbedding:
+    """Eq. 8 with a weight w_prompt for each token: c_null + w_prompt (c − c_null), and exactly c where the weight is 1.
+
+    The weights are recorded in the result, so that a text encoder which learns can embed the same prompts anew.
+    """
+    c, c_null, w_prompt = text.hidden, text.null_hidden, weights[..., None]
+    return text._replace(hidden=torch.where(w_prompt == 1, c, c_null + w_prompt * (c - c_null)), weights=weights)
 
 
 @dataclass(frozen=True)

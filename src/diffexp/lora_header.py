@@ -19,6 +19,7 @@ from diffexp.rewards.spec import parse
 from diffexp.toml import toml_lines
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
 RECIPE, REWARD, ITERATIONS, QUERIES, VERSION, COMMIT = (
     f"diffexp.{key}" for key in ("recipe", "reward", "iterations", "queries", "version", "base_commit")

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from diffexp.diffusion import NoiseSchedule, Transition, ddim
-from diffexp.exploration import Exploration, GuidanceSchedule
+from diffexp.exploration import Exploration, GuidanceSchedule, weighted
 from diffexp.models.base import LatentShape, TextToImage
 from diffexp.randomness import generator, randn
-from diffexp.text import TextEmbedding
+from diffexp.text import TextEmbedding, concatenate
 
 
 class Batch(NamedTuple):
@@ -68,13 +68,16 @@ class Trajectory(NamedTuple):
 class Sampler:
     """DDIM over a model's noise schedule; ``eta`` 1 is stochastic, 0 deterministic.
 
-    Rollout and update share ``transition``, so that they can't disagree.
+    Rollout and update share ``transition``, so that they can't disagree. Where ``rows`` is given, every call of the
+    network has that many samples: larger batches are cut, smaller ones filled up. A kernel that rounds to bf16, fp16 or
+    TF32 rounds by the shape of its input; with one shape the on-policy ratio is 1 in any precision.
     """
 
     model: TextToImage
     schedule: NoiseSchedule
     latent: LatentShape
     eta: float = 1.0
+    rows: int | None = None
 
     @property
     def steps(self) -> int:
@@ -84,9 +87,35 @@ class Sampler:
         self, x_t: Float[Tensor, "B C H W"], i: int, text: TextEmbedding, w: float, learn: bool = True
     ) -> Transition:
         """p(x_{t-1} | x_t, c) of step i, under guidance scale w; without ``learn`` no gradient reaches the network."""
+        t, outputs = self.schedule.timesteps[i], []
         with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
-            output = self.model.predict(x_t, self.schedule.timesteps[i], text, w)
-        return ddim(self.schedule, i, x_t, output, self.eta)
+            for rows, count in self.calls(len(x_t)):
+                outputs.append(self.model.predict(x_t[rows], t, text.select(rows), w)[:count])
+        return ddim(self.schedule, i, x_t, torch.cat(outputs), self.eta)
+
+    def calls(self, count: int) -> Iterator[tuple[list[int], int]]:
+        """The samples of each network call for ``count`` samples, and how many of them are not there to fill it up."""
+        size = self.rows or count
+        for start in range(0, count, size):
+            own = list(range(start, min(start + size, count)))
+            yield own + own[-1:] * (size - len(own)), len(own)
+
+    def current(self, prompts: Sequence[str], text: TextEmbedding) -> TextEmbedding:
+        """The text as its encoders embed it now, with a gradient to them and the words weighted as they were.
+
+        ``text`` itself where the encoders are frozen.
+        """
+        if not self.model.learns_text:
+            return text
+        parts = [
+            self.model.encode([prompts[i] for i in rows]).select(range(count))
+            for rows, count in self.calls(len(prompts))
+        ]
+        return concatenate(parts) if text.weights is None else weighted(concatenate(parts), text.weights)
+
+    def refreshed(self, batch: Batch) -> Batch:
+        """The batch with its text as the encoders embed it now."""
+        return batch._replace(text=self.current(batch.prompts, batch.text))
 
     def scales(self, guidance: GuidanceSchedule) -> tuple[float, ...]:
         """w(t) at each of the sampler's timesteps."""
@@ -114,13 +143,14 @@ class Sampler:
     def rollout(self, batch: Batch, size: int) -> Trajectory:
         """Samples a batch in pieces of ``size``, without gradients."""
         pieces = []
-        for chunk in batch.chunks(size):
+        for chunk in map(self.refreshed, batch.chunks(size)):
             latents, log_probs = self.denoise(chunk)
-            pieces.append((torch.stack(latents), torch.stack(log_probs), self.model.decode(latents[-1])))
-        latents, log_probs, images = zip(*pieces, strict=True)
+            images = self.model.decode(latents[-1])
+            pieces.append((chunk.text, torch.stack(latents), torch.stack(log_probs), images))
+        texts, latents, log_probs, images = zip(*pieces, strict=True)
         return Trajectory(
             batch.prompts,
-            batch.text,
+            concatenate(texts),
             self.scales(batch.guidance),
             torch.cat(latents, dim=1),
             torch.cat(log_probs, dim=1),

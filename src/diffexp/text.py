@@ -18,7 +18,8 @@ class TextEmbedding(NamedTuple):
     ``hidden`` is what the network attends to (for SDXL both encoders' states, side by side in D) and ``pooled`` SDXL's
     additional vector. ``words[b]`` lists the token positions of each word of prompt b, without BOS, EOS and padding.
     ``null_hidden`` embeds the empty text: c_null of Eq. 8. ``uncond_*`` condition the unconditional prediction of
-    Eq. 4: the same as ``null_hidden``, but zeros for an SDXL that was trained so.
+    Eq. 4: the same as ``null_hidden``, but zeros for an SDXL that was trained so. ``weights`` are each token's w_prompt
+    of Eq. 8, already applied; None where no word was weighted.
     """
 
     hidden: Float[Tensor, "B L D"]
@@ -27,6 +28,7 @@ class TextEmbedding(NamedTuple):
     uncond_hidden: Float[Tensor, "L D"]
     pooled: Float[Tensor, "B P"] | None = None
     uncond_pooled: Float[Tensor, " P"] | None = None
+    weights: Float[Tensor, "B L"] | None = None
 
     def select(self, rows: Sequence[int]) -> TextEmbedding:
         """The embedding of some of the prompts, in the order of ``rows`` (repetitions allowed)."""
@@ -35,6 +37,7 @@ class TextEmbedding(NamedTuple):
             hidden=self.hidden[index],
             words=[self.words[row] for row in rows],
             pooled=None if self.pooled is None else self.pooled[index],
+            weights=None if self.weights is None else self.weights[index],
         )
 
     def unconditional(self) -> TextEmbedding:
@@ -53,4 +56,7 @@ def concatenate(texts: Sequence[TextEmbedding]) -> TextEmbedding:
         hidden=torch.cat([text.hidden for text in texts]),
         words=[words for text in texts for words in text.words],
         pooled=None if first.pooled is None else torch.cat([text.pooled for text in texts if text.pooled is not None]),
+        weights=None
+        if first.weights is None
+        else torch.cat([text.weights for text in texts if text.weights is not None]),
     )

@@ -188,7 +188,7 @@ class Training:
 
     def capture(self) -> State:
         """Everything that the next iteration depends on, copied: whatever happens in it, this can still be saved."""
-        tensors = {f"lora.{key}": value for key, value in lora.state(self.model).items()}
+        tensors = {f"lora.{key}": value for key, value in self.model.state().items()}
         tensors |= {f"optimizer.{key}": value for key, value in self.learner.state().items()}
         numbers = {
             "iteration": self.iteration,
@@ -234,7 +234,7 @@ class Training:
         for damaged in newest.damaged:
             self.reporter.warned(f"passed over a damaged checkpoint: {damaged}")
         tensors, numbers = newest.tensors, newest.numbers
-        lora.set_state(self.model, section(tensors, "lora."))
+        self.model.set_state(section(tensors, "lora."))
         self.learner.load_state(section(tensors, "optimizer."))
         self.algorithm.load_state(numbers["algorithm"])
         if isinstance(self.reward, Ensemble):

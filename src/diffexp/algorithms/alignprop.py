@@ -45,7 +45,7 @@ class AlignProp:
         learn = self.learned_steps(batch)
         ranks, count, queries = self.learner.ranks, len(batch.prompts), len(batch.prompts) * self.copies
         rewards: list[Tensor] = []
-        for piece in batch.select(ranks.share(count)).chunks(self.update_batch):
+        for piece in map(self.sampler.refreshed, batch.select(ranks.share(count)).chunks(self.update_batch)):
             latents = self.sampler.denoise(piece, learn)[0][-1]
             scored: list[Tensor] = []
             for x_0 in [latents, *self.renoised(piece, latents.detach())]:
@@ -72,7 +72,8 @@ class AlignProp:
         w, copies = self.sampler.scales(piece.guidance)[last], []
         for _ in range(self.copies - 1):
             x_t = self.sampler.schedule.noised(x_0, randn(noise, x_0.shape[1:], x_0.device), last)
-            step = self.sampler.transition(x_t, last, piece.text, w)
+            # a graph of its own, also of the text: each copy's backward pass frees what it went through
+            step = self.sampler.transition(x_t, last, self.sampler.current(piece.prompts, piece.text), w)
             copies.append(step.sample(randn(noise, x_0.shape[1:], x_0.device)))
         return copies
 

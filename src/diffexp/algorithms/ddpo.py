@@ -6,6 +6,7 @@ importance-sampling form (DDPO_IS). The gradient is Eq. 6 of the DiffExp paper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +86,12 @@ class DDPO:
         order = torch.randperm(len(batch.prompts), generator=shuffle)
         return [sorted(part.tolist()) for part in order.tensor_split(self.minibatches) if len(part)]
 
-    def divergence(self, step: Transition, x_t: Tensor, i: int, text: TextEmbedding, w: float) -> Tensor:
+    def divergence(
+        self, step: Transition, x_t: Tensor, i: int, prompts: Sequence[str], text: TextEmbedding, w: float
+    ) -> Tensor:
         """KL of a transition to the one that the untouched model would make, (B,)."""
         with torch.no_grad(), self.sampler.model.base():
-            base = self.sampler.transition(x_t, i, text, w)
+            base = self.sampler.transition(x_t, i, self.sampler.current(prompts, text), w)
         return step.kl(base)
 
     def learned_steps(self) -> list[int]:
@@ -122,7 +125,8 @@ class DDPO:
     def figures(self, trajectory: Trajectory, i: int, rows: list[int], advantage: Tensor) -> dict[str, Tensor]:
         """The loss of step i for some samples, with a graph, and what tells how far the policy has moved: each (B,)."""
         x_t, x_prev, old = trajectory.latents[i, rows], trajectory.latents[i + 1, rows], trajectory.log_probs[i, rows]
-        text, w = trajectory.text.select(rows), trajectory.scales[i]
+        prompts, w = [trajectory.prompts[row] for row in rows], trajectory.scales[i]
+        text = self.sampler.current(prompts, trajectory.text.select(rows))
         step = self.sampler.transition(x_t, i, text, w)
         log_prob = step.log_prob(x_prev)
         loss = clipped_policy_loss(log_prob, old, advantage, self.clip)
@@ -134,7 +138,7 @@ class DDPO:
             "approx_kl": drift.square() / 2,
         }
         if self.kl:
-            kl = self.divergence(step, x_t, i, text, w)
+            kl = self.divergence(step, x_t, i, prompts, text, w)
             figures |= {"loss": loss + self.kl * kl, "kl_to_base": kl.detach()}
         return figures
 

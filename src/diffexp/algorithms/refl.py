@@ -36,7 +36,7 @@ class ReFL:
         schedule, ranks, count, rewards = self.sampler.schedule, self.learner.ranks, len(batch.prompts), []
         i = self.chosen_step(batch)
         w, t = self.sampler.scales(batch.guidance)[i], schedule.timesteps[i]
-        for piece in batch.select(ranks.share(count)).chunks(self.update_batch):
+        for piece in map(self.sampler.refreshed, batch.select(ranks.share(count)).chunks(self.update_batch)):
             with torch.no_grad():
                 x_t = self.sampler.denoise(piece, until=i)[0][-1]
             output = self.sampler.model.predict(x_t, t, piece.text, w)

@@ -63,7 +63,8 @@ class RewardWeightedRegression:
         noise = randn(piece.generators(f"regression {k}"), x_0.shape[1:], x_0.device)
         schedule = self.sampler.schedule
         x_t = schedule.noised(x_0, noise, i)
-        output = self.sampler.model.predict(x_t, schedule.timesteps[i], piece.text, 1.0)
+        text = self.sampler.current(piece.prompts, piece.text)
+        output = self.sampler.model.predict(x_t, schedule.timesteps[i], text, 1.0)
         return (output - schedule.target(x_0, noise, i)).square().flatten(1).mean(1)
 
     def drawn_step(self, batch: Batch, k: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffexp.diffusion import NoiseSchedule
 from diffexp.errors import UserError
-from diffexp.text import TextEmbedding, concatenate
+from diffexp.models.schedulers import noise_schedule
+from diffexp.text import TextEmbedding, Words, concatenate
 
 LatentShape = tuple[int, int, int]
 
@@ -30,10 +31,11 @@ class Source(NamedTuple):
 
 
 class TextToImage(ABC):
-    """Encodes prompts, predicts noise with classifier-free guidance, decodes latents. Everything is frozen.
+    """Encodes prompts, predicts noise with classifier-free guidance, decodes latents.
 
-    The frozen weights are in ``dtype``; latents, predictions and images are float32. A LoRA is added by
-    ``diffexp.models.lora``; its parameters are the only ones that train.
+    Everything is frozen until ``diffexp.models.lora`` adds an adapter, whose parameters then train, or
+    ``diffexp.models.full`` lets the denoising network train as a whole. Frozen weights are in the model's precision;
+    what trains, latents, predictions and images are float32.
     """
 
     kohya_text_encoders: ClassVar[Mapping[str, str]]  # folder name → prefix of its keys in kohya files
@@ -43,7 +45,8 @@ class TextToImage(ABC):
     ) -> None:
         self.unet, self.vae, self.source = unet.eval().requires_grad_(False), vae.eval().requires_grad_(False), source
         self.noise_schedule = noise_schedule
-        self.checkpoint_decoder = False
+        self.checkpoint_decoder = self.learns_text = False
+        self.autocast: torch.dtype | None = None  # what the network computes in, if not in its weights' precision
         # diffusers types its configurations as plain dictionaries
         self.unet_config: Any = unet.config
         self.vae_config: Any = vae.config
@@ -56,9 +59,18 @@ class TextToImage(ABC):
     def dtype(self) -> torch.dtype:
         return self.unet.dtype
 
-    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
-        """The embedding of the prompts, and of the empty text."""
+        """The embedding of the prompts, and of the empty text; with gradients to encoders that learn."""
+        with torch.set_grad_enabled(self.learns_text and torch.is_grad_enabled()):
+            return self.embed(prompts)
+
+    @abstractmethod
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
+        """What ``encode`` returns."""
+
+    @abstractmethod
+    def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
+        """The text of each unit of each prompt: a word, or a token, as the positions of its tokens."""
 
     @abstractmethod
     def network(
@@ -68,7 +80,7 @@ class TextToImage(ABC):
         hidden: Float[Tensor, "N L D"],
         pooled: Float[Tensor, "N P"] | None,
     ) -> Float[Tensor, "N C H W"]:
-        """One pass of the denoising network, in the frozen weights' precision; out comes the precision of ``x``."""
+        """One pass of the denoising network, in the model's precision; out comes the precision of ``x``."""
 
     @abstractmethod
     def text_encoders(self) -> Mapping[str, nn.Module]:
@@ -120,23 +132,18 @@ class TextToImage(ABC):
         return self.unet_config.in_channels, height // self.pixels, width // self.pixels
 
     def schedule(self, steps: int) -> NoiseSchedule:
-        """The timesteps of a sampler of ``steps`` steps, and ᾱ at both ends of each."""
-        scheduler, config = self.noise_schedule, cast(Any, self.noise_schedule.config)
-        total = config.num_train_timesteps
-        most = total - config.steps_offset
-        if not 1 <= steps <= most:
-            raise UserError(f"sampler.steps = {steps}: this model takes 1…{most}")
-        scheduler.set_timesteps(steps)
-        timesteps = [int(t) for t in scheduler.timesteps]
-        alpha_bar = scheduler.alphas_cumprod.double()
-        previous = [t - total // steps for t in timesteps]
-        final = float(scheduler.final_alpha_cumprod)
-        return NoiseSchedule(
-            timesteps=tuple(timesteps),
-            alpha_bar=tuple(float(alpha_bar[t]) for t in timesteps),
-            alpha_bar_prev=tuple(float(alpha_bar[t]) if t >= 0 else final for t in previous),
-            prediction_type=config.prediction_type,
-        )
+        """The timesteps of a sampler of ``steps`` steps, and ᾱ at both ends of each.
+
+        Raises:
+            UserError: if the model has fewer timesteps than that.
+        """
+        return noise_schedule(self.noise_schedule, steps)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts: "epsilon", "v_prediction" or "sample"."""
+        config: Any = self.noise_schedule.config
+        return config.prediction_type
 
     def checkpointing(self, unet: bool, decoder: bool) -> None:
         """Trades compute for memory where gradients flow: recompute the UNet's blocks, or the VAE's decoder."""
@@ -144,31 +151,51 @@ class TextToImage(ABC):
             self.unet.enable_gradient_checkpointing()
         self.checkpoint_decoder = decoder
 
+    def computing(self) -> AbstractContextManager[Any]:
+        """The context of a network pass: it computes in ``autocast`` where that is not the weights' precision."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
     @contextmanager
     def base(self) -> Iterator[None]:
-        """A context in which the adapter is off: the model as it was before fine-tuning."""
-        self.unet.disable_adapters()
+        """A context in which the adapters are off: the model as it was before fine-tuning."""
+        adapted: list[Any] = [network for network in self.networks().values() if getattr(network, "peft_config", None)]
+        for network in adapted:
+            network.disable_adapters()
         try:
             yield
         finally:
-            self.unet.enable_adapters()
+            for network in adapted:
+                network.enable_adapters()
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What can be fine-tuned, by folder names: the denoising network, then the text encoders."""
+        return {"unet": self.unet, **self.text_encoders()}
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The named parameters that fine-tuning changes, in a fixed order."""
-        return ((name, p) for name, p in sorted(self.unet.named_parameters()) if p.requires_grad)
+        for folder, network in self.networks().items():
+            prefix = "" if folder == "unet" else f"{folder}."
+            yield from ((prefix + name, p) for name, p in sorted(network.named_parameters()) if p.requires_grad)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the tensors that fine-tuning changes; adapters' as ``<layer>.lora_A.weight`` (rank × in)."""
+        return {key_of(name): parameter.detach().cpu().clone() for name, parameter in self.trainable()}
+
+    def set_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores what ``state`` returned.
+
+        Raises:
+            UserError: if the tensors are those of another model, or of an adapter of another shape.
+        """
+        own = {key_of(name): parameter for name, parameter in self.trainable()}
+        wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
+        if wrong:
+            raise UserError(f"what was saved does not fit this model: {len(wrong)} tensors differ, {wrong[0]} for one")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(tensors[key])
 
 
-def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
-    """DDIM with the betas and the prediction type of whatever scheduler a checkpoint ships.
-
-    Raises:
-        UserError: for settings under which DDIM's transition would not be the model's: clipped or thresholded samples,
-            and zero terminal SNR.
-    """
-    for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-        if config.get(key):
-            raise UserError(f"the model's scheduler has {key} = true, which is not supported: set it to false")
-    keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    kept = {key: config[key] for key in (*keep, "steps_offset", "set_alpha_to_one") if key in config}
-    # DDIMScheduler's own defaults would clip, and would end at ᾱ = 1, where the last step has no density
-    return DDIMScheduler(**{"set_alpha_to_one": False, "steps_offset": 1, **kept}, clip_sample=False)
+def key_of(parameter: str) -> str:
+    """The name of a parameter in files: without the adapter's own name, which peft puts into it."""
+    return parameter.replace(".default.", ".")

@@ -1,8 +1,7 @@
 """Opens a diffusers folder, or a repository of the hub, without running anything that it brings.
 
-Concrete classes only, safetensors only, and a hub name is resolved to a commit once: pipelines and ``Auto*`` classes
-run code that a repository names (CVE-2026-44513), and an index can change between its check and its download
-(CVE-2026-45804).
+Concrete classes only, safetensors only: pipelines and ``Auto*`` classes run code that a repository names
+(CVE-2026-44513).
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from huggingface_hub import HfApi, snapshot_download
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-from diffexp.emoji import model_path
 from diffexp.errors import UserError
-from diffexp.models.base import Source, TextToImage, ddim_scheduler
+from diffexp.models.base import TextToImage
+from diffexp.models.hub import locate, one_line
+from diffexp.models.schedulers import ddim_scheduler
 from diffexp.models.sdxl import StableDiffusionXL
 from diffexp.models.stable_diffusion import StableDiffusion
 from diffexp.quiet import no_progress_bars
@@ -30,69 +29,96 @@ FOREIGN_CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipeline")
 
 
 def load(
-    name: str, precision: str = "fp32", device: str = "cpu", revision: str | None = None, variant: str | None = None
+    name: str,
+    precision: str = "fp32",
+    device: str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+    master_weights: bool = False,
 ) -> TextToImage:
     """The model called ``name``: "emoji" (the one that ships with the package), a diffusers folder, or a hub id.
 
     ``precision`` ("fp32", "bf16", "fp16") is that of the frozen weights; a VAE is never loaded in fp16, where SDXL's
-    overflows. ``revision`` and ``variant`` are the hub's.
+    overflows. With ``master_weights`` the denoising network keeps float32 weights and only computes in ``precision``,
+    as it must to be fine-tuned as a whole. ``revision`` and ``variant`` are the hub's.
 
     Raises:
         UserError: if there is no such model, or it is of another class than Stable Diffusion 1.x, 2.x or XL.
     """
-    folder, source = locate(name, revision)
+    folder, source = locate(name, revision, variant)
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise UserError(f"model.path = {name!r} is a {kind}: only {' and '.join(PIPELINES)} are supported")
     dtype = PRECISIONS[precision]
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
 
-    def part(cls: Any, subfolder: str, dtype: torch.dtype) -> Any:
-        reject_foreign_code(folder / subfolder / "config.json")
-        dtype_option = "dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype"
+    def part(cls: Any, subfolder: str, dtype: torch.dtype = dtype) -> Any:
         try:
-            with no_progress_bars():
-                model = cls.from_pretrained(folder, subfolder=subfolder, **{dtype_option: dtype}, **options)
+            return open_part(cls, folder, subfolder, dtype, variant).to(device, memory_format=torch.channels_last)
         except OSError as error:
             raise UserError(f"model.path = {name!r}: can't open {subfolder}: {one_line(error)}") from error
-        return model.to(device, memory_format=torch.channels_last)  # the layout that convolutions are fastest in
 
     common = (
-        part(UNet2DConditionModel, "unet", dtype),
+        part(UNet2DConditionModel, "unet", torch.float32 if master_weights else dtype),
         part(AutoencoderKL, "vae", torch.float32 if dtype == torch.float16 else dtype),
         ddim_scheduler(read_json(folder / "scheduler" / "scheduler_config.json")),
         source,
     )
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-    text_encoder = part(CLIPTextModel, "text_encoder", dtype)
+    text_encoder = part(CLIPTextModel, "text_encoder")
     if kind == "StableDiffusionPipeline":
-        return StableDiffusion(*common, tokenizer, text_encoder)
-    tokenizer_2 = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True)
-    text_encoder_2 = part(CLIPTextModelWithProjection, "text_encoder_2", dtype)
-    zero_uncond = bool(index.get("force_zeros_for_empty_prompt", True))
-    return StableDiffusionXL(*common, (tokenizer, tokenizer_2), (text_encoder, text_encoder_2), zero_uncond)
+        model: TextToImage = StableDiffusion(*common, tokenizer, text_encoder)
+    else:
+        tokenizer_2 = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True)
+        encoders = text_encoder, part(CLIPTextModelWithProjection, "text_encoder_2")
+        zero_uncond = bool(index.get("force_zeros_for_empty_prompt", True))
+        model = StableDiffusionXL(*common, (tokenizer, tokenizer_2), encoders, zero_uncond)
+    model.autocast = dtype if model.dtype != dtype else None
+    check_network(model, name)
+    return model
 
 
-def locate(name: str, revision: str | None) -> tuple[Path, Source]:
-    """The folder that holds the model; a hub repository is downloaded at one commit, without pickles or code."""
-    if name == "emoji":
-        return model_path(), Source(name)
-    if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").is_file():
-            raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")
-        return Path(name), Source(name)
-    try:
-        commit = HfApi().model_info(name, revision=revision).sha
-    except Exception:  # offline, or unreachable: whatever the cache holds of that revision
-        commit = revision
-    try:
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=["*.json", "*.txt", "*.safetensors"]))
-    except Exception as error:
-        raise UserError(
-            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has ({one_line(error)})"
-        ) from error
-    return folder, Source(name, folder.name)
+def open_part(cls: Any, folder: Path, subfolder: str, dtype: torch.dtype, variant: str | None) -> Any:
+    """A network of a concrete class from its subfolder.
+
+    Raises:
+        OSError: if there is none.
+        UserError: if its weights are not those of the class, or its config asks for code of its own.
+    """
+    reject_foreign_code(folder / subfolder / "config.json")
+    precision = {"dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype": dtype}
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
+    with no_progress_bars():
+        network, report = cls.from_pretrained(
+            folder, subfolder=subfolder, output_loading_info=True, **precision, **options
+        )
+    missing = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
+    if missing:
+        # the libraries would go on with random numbers in their place
+        raise UserError(f"{folder / subfolder} is no whole {cls.__name__}: {len(missing)} weights lack: {missing[0]} …")
+    return network
+
+
+def check_network(model: TextToImage, name: str) -> None:
+    """Checks that the denoising network takes what Stable Diffusion's does: latents, a timestep, a text.
+
+    Raises:
+        UserError: if it is one for inpainting, a distilled one, or SDXL's refiner.
+    """
+    config = model.unet_config
+    xl = isinstance(model, StableDiffusionXL)
+    problems = {
+        f"its network takes {config.in_channels} channels (inpainting?)": config.in_channels != config.out_channels,
+        "its network takes the guidance scale as an input (a distilled model)": bool(config.time_cond_proj_dim),
+        f"its network takes {config.addition_embed_type!r} besides the text": config.addition_embed_type
+        != ("text_time" if xl else None),
+    }
+    if xl and not any(problems.values()):
+        width = model.encoders[1].config.projection_dim + 6 * config.addition_time_embed_dim
+        takes = config.projection_class_embeddings_input_dim
+        problems[f"its network takes {takes} numbers besides the text, not {width} (a refiner?)"] = takes != width
+    for problem in (text for text, wrong in problems.items() if wrong):
+        raise UserError(f"model.path = {name!r}: {problem}, which is not supported")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,7 +141,3 @@ def reject_foreign_code(config: Path) -> None:
     for key in read_json(config):
         if key in FOREIGN_CODE_KEYS or key.startswith("_attn_implementation"):
             raise UserError(f"{config} asks for code of its own ({key}): remove that key if you trust the model")
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

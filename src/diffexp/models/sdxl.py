@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffexp.models.base import Source, TextToImage
-from diffexp.models.tokens import tokenize
-from diffexp.text import TextEmbedding
+from diffexp.models.tokens import spell, tokenize
+from diffexp.text import TextEmbedding, Words
 
 
 class StableDiffusionXL(TextToImage):
@@ -40,8 +40,7 @@ class StableDiffusionXL(TextToImage):
         self.tokenizers, self.zero_uncond = tokenizers, zero_uncond
         self.encoders = tuple(encoder.eval().requires_grad_(False) for encoder in text_encoders)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
         texts, states = ["", *prompts], []
         words = tokenize(self.tokenizers[0], texts)[1]
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
@@ -54,6 +53,9 @@ class StableDiffusionXL(TextToImage):
             uncond, uncond_pooled = torch.zeros_like(uncond), torch.zeros_like(uncond_pooled)
         return TextEmbedding(hidden[1:], words[1:], hidden[0], uncond, pooled[1:], uncond_pooled)
 
+    def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
+        return spell(self.tokenizers[0], prompts, units)
+
     def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
         if pooled is None:
             raise ValueError("SDXL needs the pooled text embedding")
@@ -62,9 +64,10 @@ class StableDiffusionXL(TextToImage):
         time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
         added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids.expand(len(x), -1)}
         timestep = torch.tensor(t, device=self.device)
-        return self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), added_cond_kwargs=added, return_dict=False)[
-            0
-        ].float()
+        inputs = x.to(self.dtype), timestep, hidden.to(self.dtype)
+        with self.computing():
+            output = self.unet(*inputs, added_cond_kwargs=added, return_dict=False)[0]
+        return output.to(x.dtype)
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
         return dict(zip(self.kohya_text_encoders, self.encoders, strict=True))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffexp.models.base import Source, TextToImage
-from diffexp.models.tokens import tokenize
-from diffexp.text import TextEmbedding
+from diffexp.models.tokens import spell, tokenize
+from diffexp.text import TextEmbedding, Words
 
 
 class StableDiffusion(TextToImage):
@@ -34,15 +34,19 @@ class StableDiffusion(TextToImage):
         super().__init__(unet, vae, noise_schedule, source)
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval().requires_grad_(False)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> TextEmbedding:
+    def embed(self, prompts: Sequence[str]) -> TextEmbedding:
         ids, words = tokenize(self.tokenizer, ["", *prompts])
         hidden = self.text_encoder(torch.tensor(ids, device=self.device)).last_hidden_state.float()
         return TextEmbedding(hidden[1:], words[1:], null_hidden=hidden[0], uncond_hidden=hidden[0])
 
+    def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
+        return spell(self.tokenizer, prompts, units)
+
     def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
         timestep = torch.tensor(t, device=self.device)
-        return self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0].to(x.dtype)
+        with self.computing():
+            output = self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0]
+        return output.to(x.dtype)
 
     def text_encoders(self) -> Mapping[str, nn.Module]:
         return {"text_encoder": self.text_encoder}

@@ -19,6 +19,17 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> tuple[list[lis
     return ids, [word_positions(tokenizer, row) for row in ids]
 
 
+def spell(tokenizer: CLIPTokenizer, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
+    """The text of each unit of each prompt; ``units`` are positions among the prompt's tokens."""
+    ids, _ = tokenize(tokenizer, prompts)
+    tokens = [tokenizer.convert_ids_to_tokens(row) for row in ids]
+    decode = tokenizer.convert_tokens_to_string
+    return [
+        [decode([row[i] for i in unit]).replace(END_OF_WORD, "").strip() for unit in found]
+        for row, found in zip(tokens, units, strict=True)
+    ]
+
+
 def word_positions(tokenizer: CLIPTokenizer, ids: Sequence[int]) -> Words:
     """The positions of each word between BOS and the first EOS. Punctuation alone is no word."""
     words: Words = []

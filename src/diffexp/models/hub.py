@@ -1,0 +1,67 @@
+"""Finds a model's folder: one that is there, or a repository of the hub at one commit, without pickles or code.
+
+A hub name is resolved to a commit once, as an index can change between its check and its download (CVE-2026-45804).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+
+from diffexp.emoji import model_path
+from diffexp.errors import UserError
+from diffexp.models.base import Source
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+"""The parts with weights, and what their files are called."""
+
+
+def locate(name: str, revision: str | None, variant: str | None = None) -> tuple[Path, Source]:
+    """The folder that holds the model called ``name``.
+
+    Raises:
+        UserError: if there is no such model here, and none to be had from the hub.
+    """
+    if name == "emoji":
+        return model_path(), Source(name)
+    if Path(name).is_dir():
+        if not (Path(name) / "model_index.json").is_file():
+            raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")
+        return Path(name), Source(name)
+    try:
+        commit = HfApi().model_info(name, revision=revision).sha
+    except Exception:  # offline, or unreachable: whatever the cache holds of that revision
+        commit = revision
+    try:
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=list(needed_files(variant))))
+    except Exception as error:
+        raise UserError(
+            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has ({one_line(error)})"
+        ) from error
+    return folder, Source(name, folder.name)
+
+
+def needed_files(variant: str | None) -> Iterable[str]:
+    """Patterns of what is downloaded: JSON, texts, and of the weights one variant in safetensors.
+
+    Repositories also hold the same weights in other formats and precisions, several times what is needed.
+    """
+    yield "model_index.json"
+    yield "scheduler/*.json"
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        yield from (f"{tokenizer}/*.json", f"{tokenizer}/*.txt")
+    for part, stem in WEIGHTS.items():
+        named = f"{part}/{stem}" + (f".{variant}" if variant else "")
+        yield from (f"{part}/*.json", f"{named}.safetensors", f"{named}-*-of-*.safetensors")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, without its line breaks and at most 300 letters of it."""
+    return " ".join(str(error).split())[:300]
