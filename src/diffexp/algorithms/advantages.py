@@ -33,11 +33,11 @@ class PromptAdvantages:
     def __call__(self, prompts: Sequence[str], rewards: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer)).append(reward)
-        advantages = batch_advantages(rewards)
+        advantages, values = batch_advantages(rewards), rewards.cpu().double()  # MPS has no float64
         for row, prompt in enumerate(prompts):
             past = torch.tensor(list(self.history[prompt]), dtype=torch.float64)
             if len(past) >= self.min_count:
-                advantages[row] = (rewards[row].double() - past.mean()) / (past.std(correction=0) + EPS)
+                advantages[row] = (values[row] - past.mean()) / (past.std(correction=0) + EPS)
         return advantages
 
     def state(self) -> dict[str, list[float]]:

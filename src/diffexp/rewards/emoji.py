@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffexp.emoji import weights_path
 from diffexp.quiet import no_progress_bars
+from diffexp.rewards.preprocess import resize
 
 SIZE = 64
 TOKENS = 16
@@ -22,7 +23,7 @@ def _pixels(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] as the towers read them: 64×64, in [-1, 1]. Differentiable."""
     images = images.float()
     if images.shape[-2:] != (SIZE, SIZE):
-        images = F.interpolate(images, size=(SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 1)
+        images = resize(images, (SIZE, SIZE)).clamp(0, 1)
     return 2 * images - 1
 
 

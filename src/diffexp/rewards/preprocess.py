@@ -6,6 +6,7 @@ resizing of the short side, a centre crop, and normalisation; only Pillow's roun
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ def preprocess(images: Tensor, size: int = 224, fit: Fit = "crop") -> Tensor:
         target = tuple(size if length == min(height, width) else int(length * scale) for length in (height, width))
         return normalise(_crop(_resize_as_pillow(images, target), size))
     scale = size / max(height, width)
-    return normalise(_pad(_resize(images, (round(height * scale), round(width * scale))), size))
+    return normalise(_pad(resize(images, (round(height * scale), round(width * scale))), size))
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -43,14 +44,27 @@ def normalise(pixels: Tensor) -> Tensor:
 
 def _resize_as_pillow(images: Tensor, target: tuple[int, ...]) -> Tensor:
     # Bicubic weights overshoot at edges. Pillow resizes the width, then the height, and saturates after each.
-    wide = _resize(images, (images.shape[-2], target[1])).clamp(0, 1)
-    return _resize(wide, target).clamp(0, 1)
+    wide = resize(images, (images.shape[-2], target[1])).clamp(0, 1)
+    return resize(wide, target).clamp(0, 1)
 
 
-def _resize(images: Tensor, target: tuple[int, ...]) -> Tensor:
-    if tuple(images.shape[-2:]) == tuple(target):
-        return images
-    return functional.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
+def resize(images: Tensor, target: tuple[int, ...]) -> Tensor:
+    """Images (B, 3, H, W), float32, in another height and width: antialiased bicubic.
+
+    As two products with the weights of torch's own ``interpolate``, whose backward pass MPS lacks and CUDA does in an
+    order, and so with a rounding, that differs from run to run.
+    """
+    down, across = (
+        _weights(length, wanted).to(images.device) for length, wanted in zip(images.shape[-2:], target, strict=True)
+    )
+    return down @ images @ across.T
+
+
+@cache
+def _weights(length: int, target: int) -> Tensor:
+    """What each of ``length`` pixels in a row adds to each of ``target`` pixels: (target, length)."""
+    pixels = torch.eye(length)[None, None]
+    return functional.interpolate(pixels, (target, length), mode="bicubic", antialias=True)[0, 0]
 
 
 def _crop(images: Tensor, size: int) -> Tensor:
