@@ -51,10 +51,12 @@ def load(
     if kind not in PIPELINES:
         raise UserError(f"model.path = {name!r} is a {kind}: only {' and '.join(PIPELINES)} are supported")
     dtype = PRECISIONS[precision]
+    # what convolutions are fastest in; on MPS some backward passes fail with it (pytorch issues 140902 and 188371)
+    layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
     def part(cls: Any, subfolder: str, dtype: torch.dtype = dtype) -> Any:
         try:
-            return open_part(cls, folder, subfolder, dtype, variant).to(device, memory_format=torch.channels_last)
+            return open_part(cls, folder, subfolder, dtype, variant).to(device, memory_format=layout)
         except OSError as error:
             raise UserError(f"model.path = {name!r}: can't open {subfolder}: {one_line(error)}") from error
 
