@@ -23,7 +23,7 @@ LOOSE = ("loss", "grad_norm", "ratio_deviation", "approx_kl", "reward_std")
 
 def lines(run: Path, name: str) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "memory_gib")} for record in records]
 
 
 def command(settings: Recipe, folder: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:

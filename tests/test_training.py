@@ -50,11 +50,13 @@ def contents(run: Path) -> tuple[Any, ...]:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in metrics:
         line.pop("seconds")
+        line.pop("memory_gib")
     tensors = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
     pictures = {p.relative_to(run): p.read_bytes() for p in run.glob("samples/**/*.png")}
     return (
         metrics,
         (run / "evaluations.jsonl").read_text(),
+        (run / "exploration.jsonl").read_text(),
         {k: v.numpy().tobytes() for k, v in tensors.items()},
         pictures,
     )
@@ -111,7 +113,10 @@ def test_run_folder_holds_what_it_should(xl_folder: Path, tmp_path: Path) -> Non
     ]
     assert Recipe.load(run / "config.toml") == recipe(xl_folder)
     names = {path.name for path in (run / "samples").iterdir()}
-    assert names == {f"iteration-{k:04d}{end}" for k in (0, 2, 4) for end in ("", ".png")} | {"prompts.json"}
+    assert names == {f"iteration-{k:04d}{end}" for k in (0, 2, 4) for end in ("", ".png")} | {
+        "prompts.json",
+        "sets.json",
+    }
     assert {path.name for path in (run / "lora").iterdir()} == {
         "pytorch_lora_weights.safetensors",
         "run.kohya.safetensors",

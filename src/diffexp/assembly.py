@@ -18,6 +18,7 @@ from diffexp.exploration import Exploration, StepGuidance, WordWeighting
 from diffexp.learner import Learner
 from diffexp.models import TextToImage, lora
 from diffexp.parallel import ALONE, Ranks
+from diffexp.rewards import features
 from diffexp.rewards.base import Reward
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Sampler
@@ -134,15 +135,18 @@ def algorithm(recipe: Recipe, on: Sampler, optimiser: Learner, scorer: Scorer) -
 def evaluator(recipe: Recipe, on: Sampler, known: dict[str, Reward] | None = None, ranks: Ranks = ALONE) -> Evaluator:
     """What the reward curves are made of; rewards in ``known`` are not loaded again."""
     sets = {name: prompts.load(name) for name in recipe.evaluation.prompts or (recipe.prompts,)}
-    names = recipe.evaluation.rewards or tuple(member.name for member in parse(recipe.reward))
+    trained = tuple(member.name for member in parse(recipe.reward))
+    names = recipe.evaluation.rewards or trained
     where = on.model.device
+    functions = {name: (known or {}).get(name) or rewards.load(name, where) for name in names}
     return Evaluator(
         on,
         recipe.sampler.guidance,
         sets,
         {name: on.model.encode(texts) for name, texts in sets.items()},
-        {name: (known or {}).get(name) or rewards.load(name, where) for name in names},
+        functions,
         recipe.evaluation.images,
         recipe.rollout.batch,
         ranks,
+        features.choose(functions, trained),
     )

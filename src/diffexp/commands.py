@@ -24,6 +24,7 @@ from diffexp.lora_header import like as recipe_like
 from diffexp.models import lora
 from diffexp.records import CONFIG, grid, save_images, to_images
 from diffexp.rewards.base import score
+from diffexp.rewards.features import encoder_of, thumbnails
 from diffexp.rollout import Batch, Sampler
 from diffexp.toml import parse_override, read_toml
 
@@ -185,9 +186,8 @@ def ways(recipe: Recipe, sampler: Sampler) -> dict[str, Exploration]:
 
 def features(reward: object, images: torch.Tensor) -> torch.Tensor:
     """What diversity is measured on, (B, D): the reward's image features where it has any, else small pictures."""
-    own = getattr(reward, "image_features", None)
     with torch.no_grad():
-        return own(images) if own else torch.nn.functional.adaptive_avg_pool2d(images, 16).flatten(1)
+        return (encoder_of(reward) or thumbnails)(images)
 
 
 def compare(runs: Sequence[Path], out: Path) -> None:

@@ -192,7 +192,7 @@ class EvaluationSettings(Settings):
 class PreviewSettings(Settings):
     every: Positive = 10
     images: Annotated[int, Field(ge=0)] = 8
-    """Images painted from fixed noise, of prompts spread over the training set."""
+    """Images painted from fixed noise, of prompts spread over the training set; as many of unseen ones it evaluates."""
 
 
 class CheckpointSettings(Settings):

@@ -36,6 +36,18 @@ def pairwise_diversity(features: ArrayLike) -> float:
     return float(1 - similarity[np.triu_indices(len(similarity), k=1)].mean())
 
 
+def mean_diversity(features: ArrayLike, images: int) -> float | None:
+    """The mean over prompts of the pairwise diversity of their ``images`` images, which stand together in ``features``.
+
+    With one image a prompt: the pairwise diversity of the whole set. None for a single image.
+    """
+    rows = np.asarray(features, dtype=float)
+    if len(rows) < 2:
+        return None
+    groups = np.split(rows, len(rows) // images) if images > 1 else [rows]
+    return float(np.mean([pairwise_diversity(group) for group in groups]))
+
+
 def _cosines(features: ArrayLike) -> NDArray[np.float64]:
     rows = np.asarray(features, dtype=float)
     if rows.ndim != 2 or not len(rows):

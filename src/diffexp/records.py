@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 CONFIG, METRICS, EVALUATIONS = "config.toml", "metrics.jsonl", "evaluations.jsonl"
+EXPLORATION, ENVIRONMENT = "exploration.jsonl", "environment.json"
+PROMPTS, SETS = "prompts.json", "sets.json"  # of the previews: each one's prompt, and the prompt set that it is from
 
 
 class JsonLines:

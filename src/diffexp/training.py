@@ -13,14 +13,18 @@ from torch import Tensor
 
 from diffexp import assembly, card, checkpoint, prompts, rewards
 from diffexp.config import Recipe
+from diffexp.environment import describe as describe_environment
+from diffexp.environment import peak_memory
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
+from diffexp.ledger import describe as describe_exploration
 from diffexp.lora_header import without_paths
 from diffexp.models import lora
 from diffexp.parallel import join
+from diffexp.preview import Preview
 from diffexp.randomness import generator
-from diffexp.records import CONFIG, EVALUATIONS, METRICS, JsonLines, grid, save_images, to_images
+from diffexp.records import CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS, JsonLines
 from diffexp.reporter import Reporter
 from diffexp.rewards.base import score
 from diffexp.rewards.ensemble import Ensemble
@@ -101,20 +105,26 @@ class Training:
     def step(self) -> None:
         """One iteration: sample with exploration, score, update, and a line in ``metrics.jsonl``."""
         start, iteration = time.perf_counter(), self.iteration + 1
+        batch = self.batch(iteration)
         try:
             if isinstance(self.reward, Ensemble):
                 with self.reward.observing(self.ranks.concatenate):
-                    metrics = self.algorithm.step(self.batch(iteration))
+                    metrics = self.algorithm.step(batch)
             else:
-                metrics = self.algorithm.step(self.batch(iteration))
+                metrics = self.algorithm.step(batch)
         except UserError as error:
             raise UserError(f"iteration {iteration}: {error}") from error
         self.iteration = iteration
         self.queries += int(metrics.pop("queries"))
         seconds = time.perf_counter() - start
         record = {"iteration": iteration, "queries": self.queries, **metrics, "seconds": round(seconds, 3)}
+        if (memory := peak_memory(self.model.device)) is not None:
+            record["memory_gib"] = round(memory, 3)
         if self.ranks.main:
             self.metrics.append(record)
+            if self.exploration.active(iteration, self.recipe.iterations):
+                explored = describe_exploration(batch, self.sampler, self.exploration.words)
+                self.explorations.append({"iteration": iteration, **explored})
         self.trackers.log({f"train/{key}": value for key, value in record.items() if key != "iteration"}, iteration)
         self.reporter.stepped(record)
 
@@ -161,17 +171,12 @@ class Training:
             self.preview()
 
     def preview(self) -> None:
-        """Paints the same prompts from the same noise as ever, without exploration."""
-        count, total = self.recipe.preview.images, len(self.prompts)
-        rows = [k * total // count % total for k in range(count)]
-        shown = [self.prompts[row] for row in rows]
-        guidance = ConstantGuidance(self.recipe.sampler.guidance)
-        batch = Batch(shown, self.texts.select(rows), guidance, [(0, "preview", k) for k in range(count)])
-        pictures = to_images(self.sampler.rollout(batch, self.recipe.rollout.batch).images)
-        folder, name = self.folder / "samples", f"iteration-{self.iteration:04d}"
-        save_images(pictures, folder / name)
-        grid(pictures).save(folder / f"{name}.png")
-        (folder / "prompts.json").write_text(json.dumps(shown, indent=1), encoding="utf-8")
+        """Paints the same prompts from the same noise as ever: seen ones, and unseen ones where it evaluates such."""
+        sets = {self.recipe.prompts: self.prompts, **self.evaluate.prompts}
+        texts = {self.recipe.prompts: self.texts, **self.evaluate.texts}
+        settings, scale = self.recipe.preview, self.recipe.sampler.guidance
+        preview = Preview.spread(self.sampler, scale, sets, texts, settings.images)
+        preview.paint(self.folder / "samples", self.iteration, self.recipe.rollout.batch)
 
     def open_folder(self) -> None:
         """Makes the run folder, or takes up the unfinished run in it.
@@ -181,8 +186,11 @@ class Training:
         """
         if self.ranks.main:
             prepare(self.folder, self.recipe)
+            environment = describe_environment(self.model.device, self.ranks.size)
+            (self.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1), encoding="utf-8")
         self.ranks.wait()
         self.metrics, self.evaluations = JsonLines(self.folder / METRICS), JsonLines(self.folder / EVALUATIONS)
+        self.explorations = JsonLines(self.folder / EXPLORATION)
         self.restore(checkpoint.read_newest(self.folder / "checkpoints"))
         self.ranks.wait()
 
@@ -197,6 +205,7 @@ class Training:
             "reward": self.reward.state_dict() if isinstance(self.reward, Ensemble) else {},
             METRICS: self.metrics.size(),
             EVALUATIONS: self.evaluations.size(),
+            EXPLORATION: self.explorations.size(),
             "version": __version__,
         }
         return State(tensors, numbers)
@@ -229,7 +238,7 @@ class Training:
     def restore(self, newest: checkpoint.Checkpoint | None) -> None:
         """Goes back to a checkpoint, or to the untouched model, and cuts the records to what was known then."""
         if newest is None:
-            self.cut(0, 0)
+            self.cut(0, 0, 0)
             return
         for damaged in newest.damaged:
             self.reporter.warned(f"passed over a damaged checkpoint: {damaged}")
@@ -241,15 +250,16 @@ class Training:
             self.reward.load_state_dict(numbers["reward"])
         self.iteration = self.saved = numbers["iteration"]
         self.queries = numbers["queries"]
-        self.cut(numbers[METRICS], numbers[EVALUATIONS])
+        self.cut(numbers[METRICS], numbers[EVALUATIONS], numbers.get(EXPLORATION, 0))
         if numbers["version"] != __version__:
             self.reporter.warned(f"the run was begun by version {numbers['version']}, this is {__version__}")
 
-    def cut(self, metrics: int, evaluations: int) -> None:
+    def cut(self, metrics: int, evaluations: int, explorations: int) -> None:
         """Takes back what the records say of iterations after the restored one."""
         if self.ranks.main:
             self.metrics.cut(metrics)
             self.evaluations.cut(evaluations)
+            self.explorations.cut(explorations)
 
 
 def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,61 @@
+"""What a run was made with: versions, device, and the memory it takes. Names no person, folder or machine."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from diffexp.version import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
+GIB = 2**30
+
+
+def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What ``environment.json`` holds: versions, the kind of machine, and the device."""
+    return {
+        "diffexp": __version__,
+        "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := installed(name))},
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device_name(device),
+        "processes": processes,
+    }
+
+
+def installed(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return device.type.upper()
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GiB that this process has held at most: of the device's memory, or of the machine's where there is no device.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / GIB
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / GIB if sys.platform == "darwin" else most * 1024 / GIB

@@ -1,0 +1,52 @@
+"""Previews: the same prompts from the same noise, painted without exploration as training goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from diffexp.exploration import ConstantGuidance
+from diffexp.records import PROMPTS, SETS, grid, save_images, to_images
+from diffexp.rollout import Batch, Sampler
+from diffexp.text import TextEmbedding, concatenate
+
+
+class Preview(NamedTuple):
+    """What is painted: a ``batch``, and the prompt set that each of its prompts is from."""
+
+    sampler: Sampler
+    batch: Batch
+    sets: Sequence[str]
+
+    @classmethod
+    def spread(
+        cls,
+        sampler: Sampler,
+        scale: float,
+        prompts: Mapping[str, Sequence[str]],
+        texts: Mapping[str, TextEmbedding],
+        count: int,
+    ) -> Preview:
+        """``count`` prompts spread over the first set, which trains, and as many over what only the others have."""
+        seen, *others = [[(name, row) for row in range(len(prompts[name]))] for name in prompts]
+        known = {prompts[name][row] for name, row in seen}
+        unseen = [(name, row) for pool in others for name, row in pool if prompts[name][row] not in known]
+        picked = [pool[k * len(pool) // count % len(pool)] for pool in (seen, unseen) if pool for k in range(count)]
+        batch = Batch(
+            [prompts[name][row] for name, row in picked],
+            concatenate([texts[name].select([row]) for name, row in picked]),
+            ConstantGuidance(scale),
+            [(0, "preview", k) for k in range(len(picked))],
+        )
+        return cls(sampler, batch, [name for name, _ in picked])
+
+    def paint(self, folder: Path, iteration: int, size: int) -> None:
+        """Writes the images of one moment, a sheet of them, and what they show; ``size`` images are made at once."""
+        pictures = to_images(self.sampler.rollout(self.batch, size).images)
+        name = f"iteration-{iteration:04d}"
+        save_images(pictures, folder / name)
+        grid(pictures).save(folder / f"{name}.png")
+        for file, content in ((PROMPTS, self.batch.prompts), (SETS, self.sets)):
+            (folder / file).write_text(json.dumps(list(content), indent=1), encoding="utf-8")
