@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from diffexp.errors import UserError
+from diffexp.errors import UserError, printable, refusal, writing
 from diffexp.version import __version__
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, and what it left."""
+
+
+class Commands(TyperGroup):
+    """Hands Ctrl-C on to ``main``: typer would end without a word about how to go on."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Stopped(str(stop) or "stopped") from stop
+
 
 app = typer.Typer(
     name="diffexp",
+    cls=Commands,
     help="Fine-tune text-to-image diffusion models on a reward, with DiffExp's exploration.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich help costs a third of the start-up time
@@ -41,9 +58,11 @@ def version(value: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -76,7 +95,8 @@ def train(
     from diffexp.console import reporter
     from diffexp.training import train
 
-    train(chosen, folder, reporter(quiet))
+    with writing("--out", folder):
+        train(chosen, folder, reporter(quiet))
 
 
 @app.command()
@@ -168,7 +188,8 @@ def reproduce(
     from diffexp.toml import parse_override
 
     settings = dict(parse_override(text) for text in overrides or ())
-    reproduce(figure, scale, seeds, out, workers, dry_run, settings, Console())
+    with writing("--out", out):
+        reproduce(figure, scale, seeds, out, workers, dry_run, settings, Console())
 
 
 @app.command("recipes")
@@ -235,16 +256,39 @@ def print_table(rows: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one clear line a mistake and exit code 2, without a traceback."""
+    """The entry point: what the user can mend is one clear line a mistake and exit code 2, without a traceback."""
     try:
-        app()
+        sys.exit(app(prog_name="diffexp", standalone_mode=False) or 0)
     except UserError as error:
-        for line in str(error).splitlines():
-            typer.echo(f"error: {line}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        typer.echo(f"{stop or 'stopped'}: the same command again goes on from the newest checkpoint", err=True)
+        complain(str(error))
+    except Stopped as stop:
+        typer.echo(f"{stop}: the same command again goes on from the newest checkpoint", err=True)
         sys.exit(130)
+    except OSError as error:
+        mistake = refusal(error, str(error.filename or "the disk"))
+        if mistake is None:
+            raise
+        complain(str(mistake))
+    except Exception as error:
+        # what typer says about arguments; its versions share no public class for it
+        if not hasattr(error, "format_message"):
+            raise
+        complain(about_arguments(error))
+
+
+def complain(message: str) -> NoReturn:
+    """Prints a line for every mistake, and exits."""
+    for line in message.split("\n"):
+        typer.echo(f"error: {printable(line)}", err=True)
+    sys.exit(2)
+
+
+def about_arguments(error: Any) -> str:
+    """typer's message in a line of ours."""
+    message = " ".join(error.format_message().split()).replace(". Did you", ": did you").rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "diffexp"
+    return f"{message[:1].lower()}{message[1:]}; see {command} --help"
 
 
 if __name__ == "__main__":

@@ -11,17 +11,19 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from diffexp import assembly, study
 from diffexp.config import Recipe
 from diffexp.diversity import pairwise_diversity
-from diffexp.errors import UserError
+from diffexp.errors import UserError, printable, writing
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
 from diffexp.lora_header import DIFFUSERS_FILE, LoraHeader
 from diffexp.lora_header import like as recipe_like
 from diffexp.models import lora
+from diffexp.prompts.files import clean
 from diffexp.records import CONFIG, grid, save_images, to_images
 from diffexp.rewards.base import score
 from diffexp.rewards.features import encoder_of, thumbnails
@@ -49,7 +51,7 @@ def recipe_to_train(name: str | None, like: Path | None, overrides: Sequence[str
     source = LoraHeader.read(Path(str(like))).path.resolve()
     recipe, notes = recipe_like(source, dict(parse_override(text) for text in overrides or ()))
     for note in notes:
-        console.print(f"warning: {note}", markup=False, highlight=False)
+        say(f"warning: {note}")
     # in a run's folder the file is called as in every other's
     stem = source.parent.parent.name if source.parent.name == "lora" else source.stem
     return recipe, f"{stem}-again"
@@ -113,7 +115,8 @@ def evaluate(
 def score_table(scores: Sequence[Score]) -> Table:
     table = Table("prompts", "reward", "mean", "std", "images")
     for result in scores:
-        table.add_row(result.prompts, result.reward, f"{result.mean:.4f}", f"{result.std:.4f}", str(result.n))
+        names = (Text(printable(name)) for name in (result.prompts, result.reward))
+        table.add_row(*names, f"{result.mean:.4f}", f"{result.std:.4f}", str(result.n))
     return table
 
 
@@ -127,6 +130,8 @@ def sample(
     out: Path,
 ) -> None:
     """Writes the images, and one sheet of all of them."""
+    for prompt in prompts:
+        clean(prompt, "--prompt")
     painter = open_painter(target, overrides)
     batch = painter.batch(prompts, seed, n)
     if explore:
@@ -134,24 +139,27 @@ def sample(
         if not (exploration.guidance or exploration.words):
             raise UserError(f"--explore: {target} explores nothing; --set exploration.guidance.low=1 would")
         batch = batch.explored(exploration)
+    make_folder(out)
     pictures = to_images(painter.paint(batch))
-    paths = save_images(pictures, out)
-    grid(pictures, columns=n if len(prompts) > 1 else None).save(out / "grid.png")
-    console.print(f"{len(paths)} images in {out}")
+    with writing("--out", out):
+        paths = save_images(pictures, out)
+        grid(pictures, columns=n if len(prompts) > 1 else None).save(out / "grid.png")
+    say(f"{len(paths)} images in {out}")
 
 
 def explore(name: str, prompt: str, n: int, seed: int, overrides: Sequence[str] | None, out: Path) -> None:
     """Figure 3 and Eq. 8 in pictures and numbers."""
     from diffexp import rewards
 
+    clean(prompt, "--prompt")
     recipe = read_recipe(name, overrides)
     model = assembly.model(recipe)
     painter = Painter(recipe, assembly.sampler(recipe, model))
     reward = rewards.load(recipe.reward, model.device)
     plain = painter.batch([prompt], seed, n)
-    table = Table("sampling", "reward", "best", "spread", "diversity", title=f'"{prompt}"')
+    table = Table("sampling", "reward", "best", "spread", "diversity", title=Text(f'"{prompt}"'))
     rows, labels, report = [], [], []
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for label, exploration in ways(recipe, painter.sampler).items():
         images = painter.paint(plain.explored(exploration))
         values = score(reward, images, plain.prompts)
@@ -160,13 +168,16 @@ def explore(name: str, prompt: str, n: int, seed: int, overrides: Sequence[str] 
         table.add_row(label, *(f"{figure:.3f}" for figure in figures))
         report.append(dict(zip(("sampling", "mean", "best", "std", "diversity"), (label, *figures), strict=True)))
         pictures = to_images(images)
-        save_images(pictures, out / label.replace(" ", "-").replace("=", ""))
+        with writing("--out", out):
+            save_images(pictures, out / label.replace(" ", "-").replace("=", ""))
         rows.append(pictures[: min(n, 8)])
         labels.append(label)
-    image_grid(rows, labels).save(out / "exploration.png")
-    (out / "exploration.json").write_text(json.dumps({"prompt": prompt, "ways": report}, indent=1), encoding="utf-8")
+    with writing("--out", out):
+        image_grid(rows, labels).save(out / "exploration.png")
+        report_json = json.dumps({"prompt": prompt, "ways": report}, indent=1)
+        (out / "exploration.json").write_text(report_json, encoding="utf-8")
     console.print(table)
-    console.print(f"grids in {out}")
+    say(f"grids in {out}")
 
 
 def ways(recipe: Recipe, sampler: Sampler) -> dict[str, Exploration]:
@@ -192,5 +203,21 @@ def features(reward: object, images: torch.Tensor) -> torch.Tensor:
 
 def compare(runs: Sequence[Path], out: Path) -> None:
     """Statistics and figures over several runs."""
-    console.print(study.compare(runs, out).table())
-    console.print(f"curves, grids and numbers in {out}")
+    with writing("--out", out):
+        console.print(study.compare(runs, out).table())
+    say(f"curves, grids and numbers in {out}")
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder before the work whose result goes there.
+
+    Raises:
+        UserError: if it can't be made.
+    """
+    with writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def say(text: str) -> None:
+    """Prints a line as it is: names of files and prompts are no markup."""
+    console.print(printable(text), markup=False, highlight=False)

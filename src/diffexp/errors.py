@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
+
+LONGEST = 100
+"""Letters of a user's value that a message repeats."""
+
+REMEDIES = {
+    errno.ENOSPC: "make room on that disk, or choose another folder",
+    errno.EDQUOT: "make room on that disk, or choose another folder",
+    errno.EFBIG: "choose a disk that takes files of this size",
+    errno.EIO: "the disk fails; choose another one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENXIO), "choose another folder"),
+}
+"""What to do where the file system refuses; other errors of the system may be mistakes of ours."""
 
 
 class UserError(ValueError):
@@ -23,4 +40,39 @@ def unknown(kind: str, name: str, known: Iterable[str], remedy: str = "") -> Use
     known = sorted(known)
     guess = closest(name, known)
     hint = f"did you mean {guess!r}? " if guess else ""
-    return UserError(f"unknown {kind} {name!r}: {hint}{remedy or 'known: ' + ', '.join(known)}")
+    return UserError(f"unknown {kind} {cut(repr(name))}: {hint}{remedy or 'known: ' + ', '.join(known)}")
+
+
+def refusal(error: OSError, what: str) -> UserError | None:
+    """What the file system's refusal to do ``what`` means to the user; None where it may be a mistake of ours."""
+    if error.errno not in REMEDIES:
+        return None
+    return UserError(f"{what}: {(error.strerror or str(error)).lower()}; {REMEDIES[error.errno]}")
+
+
+@contextmanager
+def writing(setting: str, path: Path) -> Iterator[None]:
+    """A context that writes to ``path``, which the user named as ``setting``.
+
+    Raises:
+        UserError: where the file system refuses: no space, no permission, a file in the way.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise refusal(error, f"{setting} {cut(str(path))}: can't write there") or error from error
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """An error's message as one line; its kind where it says nothing."""
+    return cut(" ".join(str(error).split()) or type(error).__name__, most)
+
+
+def cut(text: str, most: int = LONGEST) -> str:
+    """The beginning of a text that is too long for a message."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def printable(text: str) -> str:
+    """Text without control characters, line breaks aside: what strangers wrote must not steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

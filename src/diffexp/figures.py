@@ -46,6 +46,7 @@ STYLE: dict[str, Any] = {
     "grid.color": FAINT,
     "grid.linewidth": 0.7,
     "text.color": INK,
+    "text.parse_math": False,  # prompts may have dollar signs
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.major.size": 0,
@@ -325,7 +326,9 @@ def _wrapped(text: str, font: FreeTypeFont, width: int) -> str:
 
 
 def _shortened(line: str, font: FreeTypeFont, width: int) -> str:
-    kept = line
+    kept = line[:width]  # no letter is narrower than a pixel
+    if kept != line:
+        line = f"{kept}…"
     while font.getlength(line) > width and kept:
         kept = kept.rstrip(" …")[:-1]
         line = f"{kept}…"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffexp.config import Recipe
-from diffexp.errors import UserError
+from diffexp.errors import UserError, printable
 from diffexp.rewards import available
 from diffexp.rewards.spec import parse
 from diffexp.toml import toml_lines
@@ -177,8 +177,3 @@ def section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A table of a recipe; empty if it is none."""
     found = data.get(name)
     return found if isinstance(found, Mapping) else {}
-
-
-def printable(text: str) -> str:
-    """Text without control characters: a header must not steer the terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)

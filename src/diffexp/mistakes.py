@@ -9,7 +9,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from diffexp.errors import closest
+from diffexp.errors import closest, cut
+
+MOST = 20
+"""Mistakes that are told of one recipe."""
 
 
 def mistakes(schema: type[BaseModel], data: Mapping[str, Any]) -> list[str]:
@@ -21,7 +24,9 @@ def mistakes(schema: type[BaseModel], data: Mapping[str, Any]) -> list[str]:
             schema.model_validate(remaining)
         except ValidationError as error:
             found = error.errors()
-            lines += [line for item in found for line in explain(schema, item) if line not in lines]
+            lines = list(dict.fromkeys([*lines, *(line for item in found[:MOST] for line in explain(schema, item))]))
+            if len(found) > MOST:
+                return [*lines, f"{len(found) - MOST:,} further mistakes"]
             if not any([remove(remaining, keys(schema, item)) for item in found]):
                 return lines
         else:
@@ -47,11 +52,12 @@ def explain(schema: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
         fitting = [option for option in options if set(tag(option)) & set(item["loc"])] or options
         known = sorted({name for option in fitting for name in option.model_fields})
         guess = closest(path[-1], known)
-        return [f"unknown key {key!r}: " + (f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}")]
+        hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}"
+        return [f"unknown key {cut(repr(key))}: {hint}"]
     if kind == "value_error":
-        return [f"{key}: {line}" if key else line for line in str(item["ctx"]["error"]).splitlines()]
-    message = item["msg"][0].lower() + item["msg"][1:]
-    return [f"{key} = {json.dumps(item['input'], default=str)}: {message}"]
+        return [f"{key}: {line}" if key else line for line in str(item["ctx"]["error"]).split("\n")]
+    message = "too few values" if kind == "missing" else item["msg"][0].lower() + item["msg"][1:]
+    return [f"{key} = {cut(json.dumps(item['input'], default=str))}: {message}"]
 
 
 def sections(schema: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexp.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from diffexp.toml import read_tables
 
 TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
 """How the algorithms of the recipes are spelled where people read."""
@@ -30,6 +24,9 @@ STRATEGIES: dict[tuple[str, ...], str] = {
     ("guidance", "words"): " + DiffExp",
 }
 """What a label adds for the parts of exploration that are on."""
+
+LARGEST = 1e30
+"""Rewards and counts beyond this are no measurement."""
 
 NOT_THE_METHOD = ("seed", "device", "trackers", "rollout.batch", "update", "evaluation", "preview", "checkpoint")
 """Settings, and whole sections, that runs of one method may differ in: they change no training sample."""
@@ -81,7 +78,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """The time spent in iterations; None if no metrics say so."""
-        spent = [m["seconds"] for m in self.metrics if isinstance(m.get("seconds"), int | float)]
+        spent = [m["seconds"] for m in self.metrics if is_number(m.get("seconds"))]
         return float(sum(spent)) if spent else None
 
     @classmethod
@@ -119,10 +116,7 @@ def _config(path: Path) -> dict[str, Any]:
         inside = sorted(child.parent.name for child in path.glob("*/config.toml"))
         remedy = f"it holds runs: give them, as {path.name}/{inside[0]}" if inside else "it has no config.toml"
         raise UserError(f"run {str(path)!r}: not a run folder; {remedy}")
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"run {str(path)!r}: config.toml cannot be read ({error})") from None
+    return read_tables(file, f"run {str(path)!r}: config.toml")
 
 
 def _algorithm(config: Mapping[str, Any]) -> str:
@@ -156,10 +150,12 @@ def _evaluations(file: Path) -> dict[Measure, Curve]:
         try:
             measure = Measure(str(entry["prompts"]), str(entry["reward"]))
             queries, mean = float(entry["queries"]), float(entry["mean"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{str(file)!r}, entry {number}: needs prompts, reward, queries and mean") from None
-        if not math.isfinite(mean):
+        if not is_number(mean):
             raise UserError(f"{str(file)!r}, entry {number}: the mean reward is {mean}; train this run anew")
+        if not (is_number(queries) and queries >= 0):
+            raise UserError(f"{str(file)!r}, entry {number}: queries = {queries}; train this run anew")
         points.setdefault(measure, {})[queries] = mean
     if not points:
         remedy = "compare needs runs that were evaluated at least once"
@@ -179,12 +175,19 @@ def _objects(file: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            objects.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            if number == len(lines):  # a run that was stopped while it wrote: the line has no end yet
-                break
-            raise UserError(f"{str(file)!r}, line {number}: not a JSON object; the file is damaged") from None
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict):
+            objects.append(found)
+        elif number < len(lines):  # the last line of a run that was stopped while it wrote has no end yet
+            raise UserError(f"{str(file)!r}, line {number}: not a JSON object; the file is damaged")
     return objects
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that statistics can take: finite, and far from what floats can hold."""
+    return isinstance(value, int | float) and -LARGEST < value < LARGEST
 
 
 def _last_of_each(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffexp.errors import UserError
+from diffexp.errors import UserError, cut
 from diffexp.runs import Curve, Measure, Run
 from diffexp.statistics import (
     Estimate,
@@ -182,7 +182,7 @@ def _label(run: Run, namesakes: Sequence[Run]) -> str:
         return run.label
     keys = sorted({key for other in namesakes for key in other.recipe})
     differing = [key for key in keys if len({repr(other.recipe.get(key)) for other in namesakes}) > 1]
-    return f"{run.label} ({', '.join(f'{key}={run.recipe.get(key)}' for key in differing)})"
+    return f"{run.label} ({', '.join(f'{key}={cut(str(run.recipe.get(key)), 60)}' for key in differing)})"
 
 
 def _result(arm: Arm, baseline: Arm, objective: Measure) -> Result:

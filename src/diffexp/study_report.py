@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffexp import figures
+from diffexp.errors import UserError, cut, one_line, printable
+from diffexp.markdown import plain
+from diffexp.pictures import open_png
 from diffexp.runs import Measure, Run
 from diffexp.statistics import Estimate, Ratio, Reach, mean_curve
 
@@ -41,12 +44,12 @@ DEFINITIONS = """\
 
 def write(comparison: Comparison, out: Path) -> tuple[Path, ...]:
     """Write every file of a comparison into ``out`` (made if need be) and return their paths."""
+    picture = grid([result.arm for result in comparison.results])
     out.mkdir(parents=True, exist_ok=True)
     files = [out / name for name in ("comparison.json", "comparison.md", "curves.png", "curves.svg")]
     numbers = json.dumps(as_dict(comparison), indent=2, allow_nan=False, ensure_ascii=False)
     files[0].write_text(numbers + "\n", encoding="utf-8")
     figures.save(figures.curves(panels(comparison), columns=_panel_columns(comparison)), files[2], files[3])
-    picture = grid([result.arm for result in comparison.results])
     if picture is not None:
         files.append(out / "grid.png")
         picture.save(files[-1])
@@ -61,14 +64,14 @@ def rich_table(comparison: Comparison) -> Table:
     from rich.text import Text
 
     header, *rows = main_rows(comparison)
-    title = f"{comparison.objective.reward} on {comparison.objective.prompts}"
+    title = Text(printable(f"{comparison.objective.reward} on {comparison.objective.prompts}"))
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, caption_justify="left")
-    table.caption = Text("\n".join(f"* {note}" for note in comparison.notes)) if comparison.notes else None
+    table.caption = Text(printable("\n".join(f"* {note}" for note in comparison.notes))) if comparison.notes else None
     for k, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if k else "left", vertical="top")
+        table.add_column(Text(printable(name)), justify="right" if k else "left", vertical="top")
     for row in rows:
         # Text, as rich would take brackets for its markup; one line for each part of a cell, to fit 80 columns.
-        table.add_row(*(Text(re.sub(r" (?=[\[(+])", "\n", cell)) for cell in row))
+        table.add_row(*(Text(re.sub(r" (?=[\[(+])", "\n", printable(cell))) for cell in row))
     return table
 
 
@@ -77,9 +80,9 @@ def markdown(comparison: Comparison, has_grid: bool) -> str:
     objective = comparison.objective
     levels = [level for result in comparison.results for level in result.levels]
     parts = [
-        f"# {objective.reward} on {objective.prompts}: {len(comparison.results)} arms",
+        f"# {plain(f'{objective.reward} on {objective.prompts}')}: {len(comparison.results)} arms",
         _table(main_rows(comparison)),
-        *(["\n".join(f"- {note}" for note in comparison.notes)] if comparison.notes else []),
+        *(["\n".join(f"- {plain(note)}" for note in comparison.notes)] if comparison.notes else []),
         "![Reward over queries](curves.png)",
         *(["## Queries to a part of the baseline's gain", _table(level_rows(comparison))] if levels else []),
         "## Final reward on everything evaluated",
@@ -158,7 +161,7 @@ def grid(arms: Sequence[Arm]) -> Image | None:
     if not start or not finals:
         return None
     picked = sorted({round(k * (len(start) - 1) / max(1, COLUMNS - 1)) for k in range(COLUMNS)})
-    rows = [[_open(images[k]) for k in picked] for _, images in [("before", start), *finals]]
+    rows = [[open_png(images[k], LARGEST) for k in picked] for _, images in [("before", start), *finals]]
     prompts = _sample_prompts(chosen[0], len(start))
     return figures.image_grid(rows, ["before", *(label for label, _ in finals)], [prompts[k] for k in picked])
 
@@ -173,7 +176,7 @@ def _panel(comparison: Comparison, measure: Measure) -> figures.Panel:
         if measure == comparison.objective and arm is result.baseline and result.levels:
             levels.append(_mark(comparison, result))
     held_out = "" if measure.reward == comparison.objective.reward else " (held out)"
-    return figures.Panel(measure.prompts, measure.reward + held_out, lines, levels)
+    return figures.Panel(cut(measure.prompts, 60), cut(measure.reward, 60) + held_out, lines, levels)
 
 
 def _mark(comparison: Comparison, baseline: Result) -> figures.Level:
@@ -201,17 +204,13 @@ def _samples(run: Run, which: Callable[[Iterable[int]], int]) -> list[Path]:
 
 def _sample_prompts(run: Run, count: int) -> list[str]:
     file = run.path / "samples" / "prompts.json"
-    prompts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    try:
+        prompts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(file)!r}: no JSON ({one_line(error)}); the file is damaged") from error
+    if not isinstance(prompts, list):
+        raise UserError(f"{str(file)!r}: no list of prompts; the file is damaged")
     return [str(prompt) for prompt in prompts] if len(prompts) == count else [""] * count
-
-
-def _open(path: Path) -> Image:
-    from PIL import Image as images
-
-    with images.open(path) as image:
-        picture = image.convert("RGB")
-    picture.thumbnail((LARGEST, LARGEST))
-    return picture
 
 
 def _level_cells(result: Result, level: Level | None) -> list[str]:
@@ -253,7 +252,7 @@ def _number(value: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
     rule = "| --- |" + " ---: |" * (len(rows[0]) - 1)
     return "\n".join([lines[0], rule, *lines[1:]])
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from importlib.resources import files as package_files
 from pathlib import Path
 
-from diffexp.errors import UserError, unknown
-from diffexp.prompts.files import SUFFIXES, read
+from diffexp.errors import UserError, cut, unknown
+from diffexp.prompts.files import SUFFIXES, clean, read
 from diffexp.prompts.words import (
     ACTIVITIES,
     ANIMALS,
@@ -39,14 +39,15 @@ def load(name_or_path: str | Path) -> tuple[str, ...]:
     ``./animals`` for the file.
 
     Raises:
-        UserError: an unknown name, or a file that is missing, empty, not UTF-8 or not in one of the two formats.
+        UserError: an unknown name, a file that is missing, empty, not UTF-8 or not in one of the two formats, or a
+            prompt that can't be shown.
     """
     name = str(name_or_path)
     if name.startswith(LITERAL):
         prompt = name.removeprefix(LITERAL).strip()
         if not prompt:
             raise UserError(f"prompts {name!r}: no prompt after {LITERAL!r}; write {LITERAL}a dolphin riding a bike")
-        return (prompt,)
+        return (clean(prompt, f"prompts {cut(repr(name))}"),)
     if name in _SETS:
         return _SETS[name][1]()
     if isinstance(name_or_path, Path) or _looks_like_a_file(name):
