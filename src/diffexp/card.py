@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffexp import figures
 from diffexp.config import Recipe
+from diffexp.errors import cut
 from diffexp.lora_header import without_paths
+from diffexp.markdown import code, plain
+from diffexp.pictures import iterations, open_png
 from diffexp.rewards.spec import parse
 from diffexp.runs import Run
 from diffexp.version import __version__
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from diffexp.models.base import Source
 
 SHOWN = 4
@@ -47,6 +53,8 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     template = (files("diffexp") / "templates" / "card.md.jinja").read_text(encoding="utf-8")
     # Markdown, not HTML: there is nothing to escape.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701
+    # Prompts and names may be a stranger's: in text they are plain, in the example they are Python's literals.
+    environment.filters |= {"plain": plain, "code": code, "literal": partial(json.dumps, ensure_ascii=False)}
     text = environment.from_string(template).render(
         front_matter=front_matter(source, recipe.algorithm.name, xl, widget),
         name=run.name,
@@ -57,7 +65,7 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
         queries=int(next(iter(run.evaluations.values())).queries[-1]),
         scores=scores(folder, recipe),
         pipeline="StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
-        example=(widget[0]["text"] if widget else "a cat").replace('"', "'"),
+        example=widget[0]["text"] if widget else "a cat",
         kohya=f"{run.name}.kohya.safetensors",
         recipe=data,
         exploration=exploration(recipe),
@@ -90,24 +98,20 @@ def gallery(samples: Path, images: Path) -> list[dict[str, Any]]:
     """Copies up to ``SHOWN`` previews of the untouched and the final model; returns the hub's widget for them."""
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
-    moments = [path for path in samples.glob("iteration-*") if path.is_dir()]
-    moments.sort(key=lambda path: int(path.name.removeprefix("iteration-")))
+    moments = iterations(samples)
     if not moments:
         return []
-    from PIL import Image
-
     prompts = json.loads((samples / "prompts.json").read_text(encoding="utf-8"))
     picked = [k * len(prompts) // min(SHOWN, len(prompts)) for k in range(min(SHOWN, len(prompts)))]
     widget: list[dict[str, Any]] = []
-    rows: list[list[Image.Image]] = []
+    rows: list[list[Image]] = []
     for label, moment in (("before", moments[0]), ("after", moments[-1])):
         row = []
         for k in picked:
             shutil.copyfile(moment / f"{k}.png", images / f"{label}-{k}.png")
             text = prompts[k] if label == "after" else f"{prompts[k]} (before training)"
             widget.append({"text": text, "output": {"url": f"images/{label}-{k}.png"}})
-            with Image.open(moment / f"{k}.png") as image:
-                row.append(image.convert("RGB"))
+            row.append(open_png(moment / f"{k}.png"))
         rows.append(row)
     figures.before_after(rows[0], rows[1], [prompts[k] for k in picked]).save(images / "before-after.png")
     return widget[len(picked) :] + widget[: len(picked)]
@@ -118,7 +122,8 @@ def draw_curve(run: Run, path: Path) -> None:
     panels = []
     for measure, curve in run.evaluations.items():
         line = figures.Line(run.label, curve.queries, curve.values, 0 * curve.values, run.algorithm, run.explores)
-        panels.append(figures.Panel(without_paths(measure.prompts), without_paths(measure.reward), [line]))
+        prompts, reward = (cut(without_paths(name), 60) for name in measure)
+        panels.append(figures.Panel(prompts, reward, [line]))
     figures.save(figures.curves(panels, columns=2), path)
 
 

@@ -14,6 +14,7 @@ from diffexp import assembly, figures, study
 from diffexp.commands import Painter, open_painter, ways
 from diffexp.config import Recipe
 from diffexp.experiments import Arm, Bars, Block, Curves, Figure, Grid, Job, Panel, Scale, Strategies, job
+from diffexp.pictures import iterations, open_png
 from diffexp.records import to_images
 from diffexp.rewards.spec import parse
 from diffexp.runs import Measure, Run
@@ -118,15 +119,14 @@ class Drawing:
         rows, labels, heads = [], [], []
         for arm in panel.arms:
             folder = self.folders(panel.task, arm)[0] / "samples"
-            moments = [path for path in folder.glob("iteration-*") if path.is_dir()]
-            moments.sort(key=lambda path: int(path.name.removeprefix("iteration-")))
+            moments = iterations(folder)
             places = sorted({round(k * (len(moments) - 1) / (MOMENTS - 1)) for k in range(MOMENTS)})
             picked = [moments[place] for place in places]
             samples = self.job(panel.task, arm).recipe.samples
             heads = [f"{int(path.name.removeprefix('iteration-')) * samples:,} queries" for path in picked]
             for k in range(2):
                 if (picked[0] / f"{k}.png").is_file():
-                    rows.append([opened(path / f"{k}.png") for path in picked])
+                    rows.append([open_png(path / f"{k}.png", LARGEST) for path in picked])
                     labels.append(panel.label(arm))
         return figures.image_grid(rows, labels, heads)
 
@@ -193,13 +193,6 @@ def shrunk(pictures: Sequence[Image]) -> list[Image]:
     for picture in pictures:
         picture.thumbnail((LARGEST, LARGEST))
     return list(pictures)
-
-
-def opened(path: Path) -> Image:
-    from PIL import Image as images
-
-    with images.open(path) as image:
-        return shrunk([image.convert("RGB")])[0]
 
 
 def saved(picture: Image, path: Path) -> Path:
