@@ -1,101 +1,118 @@
-"""Progress in the terminal: a live line with ETA where there is one, plain lines elsewhere."""
+"""What a run says in the terminal: a live panel, plain lines where there is none, or JSON, or next to nothing."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from diffexp.config import Recipe
+from diffexp.panel import Panel
+from diffexp.progress import Progress, duration, headline
 from diffexp.reporter import Reporter
 
 
-def reporter(quiet: bool = False) -> Reporter:
-    """The reporter that fits where the output goes."""
+def reporter(quiet: bool = False, as_json: bool = False) -> Reporter:
+    """The reporter that was asked for, or else the one that fits where the output goes."""
+    if as_json:
+        return JsonReporter()
     if quiet:
-        return Reporter()
+        return QuietReporter(Console(stderr=True))
     console = Console()
-    return LiveReporter(console) if console.is_terminal else PlainReporter(console)
+    # FORCE_COLOR makes a pipe a terminal to rich: for colours, but not for a panel that is drawn over itself
+    live = console.is_terminal and not console.is_dumb_terminal and sys.stdout.isatty()
+    return LiveReporter(console) if live else PlainReporter(console)
 
 
-def headline(recipe: Recipe, folder: Path) -> str:
-    """One line about a run."""
-    exploration = recipe.exploration
-    parts = [name for name, part in (("Eq. 7", exploration.guidance), ("Eq. 8", exploration.words)) if part]
-    explores = f"DiffExp ({' + '.join(parts)})" if parts else "no exploration"
-    return f"{recipe.algorithm.name} on {recipe.reward}, prompts {recipe.prompts}, {explores} → {folder}"
-
-
-def summary(record: Mapping[str, Any], samples: int) -> str:
-    """One iteration's figures."""
-    speed = samples / max(record["seconds"], 1e-9)
-    reward = f"reward {record['reward_mean']:.3f} ± {record['reward_std']:.3f}"
-    return f"{reward}, {record['queries']} queries, {speed:.1f} images/s"
-
-
-class PlainReporter(Reporter):
-    """A line for everything that happens, with the time that remains."""
+class QuietReporter(Reporter):
+    """Only warnings."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.seconds = console, 0.0
+        self.console = console
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warned(self, message: str) -> None:
+        self.say(f"warning: {message}")
+
+
+class PlainReporter(QuietReporter):
+    """A line for everything that happens, with the time that remains."""
+
     def started(self, recipe: Recipe, folder: Path, iteration: int) -> None:
-        self.recipe, self.first = recipe, iteration
+        self.progress = Progress(recipe, folder, iteration)
         self.say(headline(recipe, folder) + (f" (going on after iteration {iteration})" if iteration else ""))
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        iteration, total = record["iteration"], self.recipe.iterations
-        self.seconds += record["seconds"]
-        left = self.seconds / (iteration - self.first) * (total - iteration)
-        self.say(f"{iteration}/{total}  {summary(record, self.recipe.samples)}, {left / 60:.1f} min of training left")
+        progress = self.progress
+        progress.stepped(record)
+        left = f"{duration(progress.seconds_left)} left" if progress.left else "the last one"
+        self.say(f"{progress.iteration}/{progress.total}  reward {progress.reward}, {progress.effort}, {left}")
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
+        self.progress.evaluated(record)
         self.say(f"  evaluation: {record['reward']} on {record['prompts']}: {record['mean']:.4f} (n = {record['n']})")
-
-    def warned(self, message: str) -> None:
-        self.say(f"warning: {message}")
 
     def finished(self, folder: Path) -> None:
         self.say(f"done: {folder}")
 
 
 class LiveReporter(PlainReporter):
-    """A progress bar with ETA, reward, queries and images a second."""
+    """A panel that stays in its place; warnings appear above it."""
 
     def started(self, recipe: Recipe, folder: Path, iteration: int) -> None:
-        super().started(recipe, folder, iteration)
-        columns = (
-            SpinnerColumn(),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        self.progress = Progress(*columns, console=self.console, speed_estimate_period=600)
-        self.task = self.progress.add_task("", total=recipe.iterations, completed=iteration)
-        self.progress.start()
+        self.progress = Progress(recipe, folder, iteration)
+        self.panel = Panel(self.progress, self.console)
+        self.panel.start()
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        self.progress.update(self.task, advance=1, description=summary(record, self.recipe.samples))
+        self.progress.stepped(record)
+        self.panel.show("")
 
     def evaluating(self, iteration: int) -> None:
-        self.progress.update(self.task, description="evaluating …")
+        self.panel.show("evaluating")
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        self.progress.evaluated(record)
+        self.panel.show("")
+
+    def saved(self, iteration: int) -> None:
+        self.progress.saved = iteration
+        self.panel.show("")
 
     def closed(self) -> None:
-        self.progress.stop()
+        self.panel.stop()
+
+
+class JsonReporter(Reporter):
+    """One JSON object a line on standard output, each with the ``event`` that it tells of."""
+
+    def tell(self, event: str, **values: Any) -> None:
+        # JSON has no NaN: null, as in metrics that were not measured
+        clean = json.loads(json.dumps(values, default=str), parse_constant=lambda _: None)
+        print(json.dumps({"event": event, **clean}, ensure_ascii=False), flush=True)
+
+    def started(self, recipe: Recipe, folder: Path, iteration: int) -> None:
+        self.progress = Progress(recipe, folder, iteration)
+        self.tell("start", folder=folder, iteration=iteration, recipe=recipe.model_dump(mode="json"))
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        self.progress.stepped(record)
+        self.tell("iteration", **record, seconds_left=round(self.progress.seconds_left, 1))
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        self.tell("evaluation", **record)
+
+    def saved(self, iteration: int) -> None:
+        self.tell("checkpoint", iteration=iteration)
+
+    def warned(self, message: str) -> None:
+        self.tell("warning", message=message)
+
+    def finished(self, folder: Path) -> None:
+        self.tell("end", folder=folder)

@@ -28,12 +28,16 @@ LONGEST_CHAIN = 8
 
 
 def shipped() -> dict[str, str]:
-    """The recipes of the package: name → the first comment line of its file."""
+    """The recipes of the package: name → the first comment of its file."""
     folder = files("diffexp") / "recipes"
     found = {Path(entry.name).stem: entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
-    return {
-        name: entry.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for name, entry in sorted(found.items())
-    }
+    return {name: first_comment(found[name].read_text(encoding="utf-8")) for name in sorted(found)}
+
+
+def first_comment(text: str) -> str:
+    """The first line of TOML that is a comment for people, which ``#:schema`` is not."""
+    comments = (line for line in text.splitlines() if line.startswith("#") and not line.startswith("#:"))
+    return next(comments, "").lstrip("# ")
 
 
 def read_toml(source: str | Path) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training import Stop, contents, recipe
+
+from diffexp import checkpoint, control, train
+from diffexp.errors import UserError
+from diffexp.interruption import Interrupted
+from diffexp.reporter import Reporter
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").touch()
+    return tmp_path / "run"
+
+
+def test_a_request_is_told_once(run: Path) -> None:
+    assert control.take(run) == frozenset()
+    control.ask(run, "save")
+    control.ask(run, "save")
+    control.ask(run, "stop")
+    assert control.take(run) == {"save", "stop"}
+    assert control.take(run) == frozenset()
+
+
+def test_unknown_requests_and_folders_are_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown request 'stopp': did you mean 'stop'"):
+        control.ask(run, "stopp")
+    with pytest.raises(UserError, match="no run folder"):
+        control.ask(tmp_path, "stop")
+
+
+def test_links_are_not_followed(run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "stop").write_text("precious")
+    (run / "control").symlink_to(elsewhere)
+    assert control.take(run) == frozenset()
+    with pytest.raises(UserError, match="can't leave a request there"):
+        control.ask(run, "save")
+    assert [path.name for path in elsewhere.iterdir()] == ["stop"]
+
+    (run / "control").unlink()
+    (run / "control").mkdir()
+    (run / "control" / "stop").symlink_to(elsewhere / "stop")
+    (run / "control" / "save").symlink_to(elsewhere / "nothing")
+    assert control.take(run) == frozenset()
+    with pytest.raises(UserError, match="File exists"):
+        control.ask(run, "save")
+    assert (elsewhere / "stop").read_text() == "precious"
+    assert not (elsewhere / "nothing").exists()
+
+
+def test_junk_is_let_be(run: Path) -> None:
+    folder = run / "control"
+    folder.mkdir()
+    (folder / "stop").mkdir()
+    os.mkfifo(folder / "save")
+    (folder / "rm -rf").write_bytes(b"\0" * 100)
+    assert control.take(run) == frozenset()
+    control.ask(run, "sample")
+    assert control.take(run) == {"sample"}
+    assert {path.name for path in folder.iterdir()} == {"stop", "save", "rm -rf"}
+    with pytest.raises(UserError, match="File exists"):
+        control.ask(run, "save")
+
+
+def test_a_file_in_the_folders_place_is_no_request(run: Path) -> None:
+    (run / "control").write_text("stop")
+    assert control.take(run) == frozenset()
+    with pytest.raises(UserError, match="can't leave"):
+        control.ask(run, "stop")
+
+
+class Ask(Reporter):
+    """Asks for something after an iteration, as a second shell would."""
+
+    def __init__(self, folder: Path, after: int, *requests: str) -> None:
+        self.folder, self.after, self.requests = folder, after, requests
+        self.checkpoints: list[int] = []
+
+    def stepped(self, record: Any) -> None:
+        if record["iteration"] == self.after:
+            for request in self.requests:
+                control.ask(self.folder, request)
+
+    def saved(self, iteration: int) -> None:
+        self.checkpoints.append(iteration)
+
+
+RARE = {"checkpoint.every": 100, "preview.every": 100, "evaluation.every": 100}
+
+
+def test_a_run_samples_and_saves_when_asked(sd_folder: Path, tmp_path: Path) -> None:
+    settings = recipe(sd_folder, **RARE)
+    run = tmp_path / "run"
+    asked = Ask(run, 2, "sample", "save")
+    train(settings, run, asked)
+    assert asked.checkpoints == [2, 4]
+    assert (run / "samples" / "iteration-0002.png").is_file()
+    assert not (run / "samples" / "iteration-0003.png").exists()
+    plain = contents(train(settings, tmp_path / "plain"))
+    assert contents(run)[:4] == plain[:4], "asking changes nothing else"
+
+
+def test_previews_can_be_asked_for_where_the_recipe_has_none(sd_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(recipe(sd_folder, iterations=2, **RARE | {"preview.images": 0}), run, Ask(run, 1, "sample"))
+    assert (run / "samples" / "iteration-0001.png").is_file()
+
+
+def test_a_run_stops_when_asked_and_goes_on_exactly(sd_folder: Path, tmp_path: Path) -> None:
+    settings = recipe(sd_folder, **RARE)
+    whole = contents(train(settings, tmp_path / "whole"))
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted, match="stopped after iteration 2 of 4"):
+        train(settings, run, Ask(run, 2, "stop"))
+    assert checkpoint.read_newest(run / "checkpoints").numbers["iteration"] == 2
+    assert contents(train(settings, run)) == whole
+
+
+def test_what_was_asked_of_a_run_that_is_over_is_forgotten(sd_folder: Path, tmp_path: Path) -> None:
+    settings, run = recipe(sd_folder, **RARE), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, run, Stop(after=3))
+    control.ask(run, "stop")
+    assert train(settings, run) == run
+
+
+class Warnings(Reporter):
+    """Remembers what the user was told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def warned(self, message: str) -> None:
+        self.messages.append(message)
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        ("diffexp.preview.grid", OSError(28, "No space left on device")),
+        ("diffexp.preview.to_images", RuntimeError("broken")),
+        ("diffexp.card.draw_curve", OSError("cannot open font resource")),
+    ],
+)
+def test_a_failing_preview_never_stops_a_run(
+    broken: str, error: Exception, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(broken, fail)
+    told = Warnings()
+    run = train(recipe(sd_folder, iterations=2), tmp_path / "run", told)
+    what = "model card" if "card" in broken else "preview"
+    assert told.messages[-1] == f"no {what} after iteration 2: {type(error).__name__}: {error}"
+    assert len(told.messages) == (1 if "card" in broken else 2)
+    assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert ([*(run / "samples").glob("iteration-*")] == []) == ("card" not in broken), "no half of a preview stays"
