@@ -13,10 +13,12 @@ from diffexp import prompts as prompt_sets
 from diffexp import rewards
 from diffexp.errors import UserError
 from diffexp.mistakes import mistakes
-from diffexp.toml import assign, read_toml, toml_lines
+from diffexp.toml import assign, check_depth, read_toml, toml_lines
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 # The appendix of the paper, where its two algorithms differ: learning rate and guidance scale. AlignProp's gradient
 # norm is bounded by 5 in its own code.
@@ -29,7 +31,17 @@ ALGORITHM_DEFAULTS: dict[str, dict[str, dict[str, float]]] = {
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def lists_are_tuples(cls, data: Any) -> Any:
+        """TOML and JSON have lists only, which the exact types would refuse."""
+        if not isinstance(data, Mapping):
+            return data
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
 
 
 class ModelSettings(Settings):
@@ -44,7 +56,7 @@ class ModelSettings(Settings):
 
 
 class LoraSettings(Settings):
-    rank: Positive = 4
+    rank: Annotated[int, Field(ge=1, le=2048)] = 4
     """The rank of both baselines' code."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale: the adapter acts with alpha / rank. Default: the rank."""
@@ -59,7 +71,7 @@ class SamplerSettings(Settings):
     """Classifier-free guidance scale of evaluation, of sampling without exploration, and w_h of Eq. 7."""
     eta: Fraction = 1.0
     """1: stochastic DDIM, as DDPO needs; 0: deterministic."""
-    size: tuple[Positive, Positive] | None = None
+    size: tuple[Side, Side] | None = None
     """Height and width in pixels; default: the model's own."""
 
 
@@ -157,7 +169,7 @@ class RWRSettings(Settings):
 
 class OptimizerSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
@@ -203,7 +215,7 @@ class CheckpointSettings(Settings):
 class Recipe(Settings):
     """A whole run. Its sections are the classes above."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     iterations: Positive = 100
     samples: Positive = 64
     """Images an iteration."""
@@ -302,6 +314,10 @@ class Recipe(Settings):
     @classmethod
     def parse(cls, data: Mapping[str, Any], source: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """A recipe from nested tables; ``source`` is what error messages call it."""
+        try:
+            check_depth([data, dict(overrides or {})])
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from error
         merged = copy.deepcopy(dict(data))
         for key, value in (overrides or {}).items():
             assign(merged, key, value)
