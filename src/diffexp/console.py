@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from diffexp.config import Recipe
+from diffexp.errors import printable
 from diffexp.panel import Panel
 from diffexp.progress import Progress, duration, headline
 from diffexp.reporter import Reporter
@@ -35,7 +36,7 @@ class QuietReporter(Reporter):
         self.console = console
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def warned(self, message: str) -> None:
         self.say(f"warning: {message}")

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from diffexp.config import Recipe
-from diffexp.errors import UserError, printable
+from diffexp.errors import UserError, one_line, printable
 from diffexp.rewards import available
 from diffexp.rewards.spec import parse
-from diffexp.toml import toml_lines
+from diffexp.toml import check_depth, toml_lines
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
+LONGEST_HEADER = 10_000_000
+"""Bytes; those of LoRA files have some 100 kB, with the captions of a data set a few million."""
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
 RECIPE, REWARD, ITERATIONS, QUERIES, VERSION, COMMIT = (
     f"diffexp.{key}" for key in ("recipe", "reward", "iterations", "queries", "version", "base_commit")
@@ -49,12 +51,13 @@ class LoraHeader:
         if not path.is_file():
             raise UserError(f"{path}: no such LoRA file; give a .safetensors file, or a run folder")
         try:
+            check_header_size(path)
             with safe_open(path, framework="numpy") as opened:
                 keys = list(opened.keys())
                 shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in keys}
                 return cls(path, opened.metadata() or {}, shapes)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: no safetensors file ({error})") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path}: no safetensors file ({one_line(error)})") from error
 
     @property
     def layout(self) -> str:
@@ -85,7 +88,8 @@ class LoraHeader:
         """An entry that holds a JSON object; empty if there is none."""
         try:
             content = json.loads(self.metadata.get(key, "{}"))
-        except ValueError:
+            check_depth(content)
+        except (ValueError, RecursionError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -112,6 +116,18 @@ class LoraHeader:
         """The whole header in JSON; entries that hold JSON themselves are unpacked."""
         tables = {key: self.table(key) or value for key, value in self.metadata.items()}
         return json.dumps({"metadata": tables, "shapes": self.shapes}, indent=2)
+
+
+def check_header_size(path: Path) -> None:
+    """Checks how long a safetensors file says that its header is, before anything reads it.
+
+    Raises:
+        ValueError: if it is longer than any LoRA's, or than the file.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > min(LONGEST_HEADER, path.stat().st_size):
+        raise ValueError(f"a header of {size:,} bytes")
 
 
 def like(path: Path | str, overrides: Mapping[str, Any]) -> tuple[Recipe, list[str]]:

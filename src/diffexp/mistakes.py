@@ -56,6 +56,11 @@ def explain(schema: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
         return [f"unknown key {cut(repr(key))}: {hint}"]
     if kind == "value_error":
         return [f"{key}: {line}" if key else line for line in str(item["ctx"]["error"]).split("\n")]
+    if kind == "union_tag_invalid":
+        known, name = [name for option in sections(schema, path) for name in tag(option)], str(item["ctx"]["tag"])
+        guess = closest(name, known)
+        hint = f"did you mean {guess!r}? " if guess else ""
+        return [f"{key}.name = {cut(repr(name))}: {hint}known: {', '.join(known)}"]
     message = "too few values" if kind == "missing" else item["msg"][0].lower() + item["msg"][1:]
     return [f"{key} = {cut(json.dumps(item['input'], default=str))}: {message}"]
 

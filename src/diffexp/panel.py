@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from diffexp.errors import printable
 from diffexp.progress import Progress, duration, headline
 
 EVALUATIONS = 6  # the most that are shown
@@ -43,11 +44,13 @@ class Panel:
         table.add_column(no_wrap=True, overflow="ellipsis")
         table.add_row("iteration", self.bar())
         for name, text in self.rows():
-            table.add_row(name, Text(text))
+            table.add_row(name, Text(printable(text)))
         return Frame(
             table,
             box=box.ROUNDED,
-            title=Text(headline(self.progress.recipe, self.progress.folder), overflow="ellipsis", no_wrap=True),
+            title=Text(
+                printable(headline(self.progress.recipe, self.progress.folder)), overflow="ellipsis", no_wrap=True
+            ),
             title_align="left",
             padding=(0, 1),
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 
 from diffexp.emoji import model_path
-from diffexp.errors import UserError
+from diffexp.errors import UserError, one_line
 from diffexp.models.base import Source
 
 WEIGHTS = {
@@ -60,8 +60,3 @@ def needed_files(variant: str | None) -> Iterable[str]:
     for part, stem in WEIGHTS.items():
         named = f"{part}/{stem}" + (f".{variant}" if variant else "")
         yield from (f"{part}/*.json", f"{named}.safetensors", f"{named}-*-of-*.safetensors")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of a library says, without its line breaks and at most 300 letters of it."""
-    return " ".join(str(error).split())[:300]

@@ -6,7 +6,8 @@ Concrete classes only, safetensors only: pipelines and ``Auto*`` classes run cod
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-from diffexp.errors import UserError
+from diffexp.errors import UserError, one_line
 from diffexp.models.base import TextToImage
-from diffexp.models.hub import locate, one_line
+from diffexp.models.foreign import check_index, check_part, read_json
+from diffexp.models.hub import locate
 from diffexp.models.schedulers import ddim_scheduler
 from diffexp.models.sdxl import StableDiffusionXL
 from diffexp.models.stable_diffusion import StableDiffusion
@@ -25,7 +27,6 @@ from diffexp.quiet import no_progress_bars
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-FOREIGN_CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipeline")
 
 
 def load(
@@ -50,34 +51,54 @@ def load(
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise UserError(f"model.path = {name!r} is a {kind}: only {' and '.join(PIPELINES)} are supported")
+    check_index(index, folder / "model_index.json")
     dtype = PRECISIONS[precision]
     # what convolutions are fastest in; on MPS some backward passes fail with it (pytorch issues 140902 and 188371)
     layout = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
     def part(cls: Any, subfolder: str, dtype: torch.dtype = dtype) -> Any:
-        try:
+        with opening(name, subfolder):
             return open_part(cls, folder, subfolder, dtype, variant).to(device, memory_format=layout)
-        except OSError as error:
-            raise UserError(f"model.path = {name!r}: can't open {subfolder}: {one_line(error)}") from error
 
+    def words(subfolder: str) -> CLIPTokenizer:
+        with opening(name, subfolder):
+            check_part(folder / subfolder)
+            return CLIPTokenizer.from_pretrained(folder, subfolder=subfolder, local_files_only=True)
+
+    with opening(name, "scheduler"):
+        scheduler = ddim_scheduler(read_json(folder / "scheduler" / "scheduler_config.json"))
     common = (
         part(UNet2DConditionModel, "unet", torch.float32 if master_weights else dtype),
         part(AutoencoderKL, "vae", torch.float32 if dtype == torch.float16 else dtype),
-        ddim_scheduler(read_json(folder / "scheduler" / "scheduler_config.json")),
+        scheduler,
         source,
     )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
-    text_encoder = part(CLIPTextModel, "text_encoder")
+    tokenizer, text_encoder = words("tokenizer"), part(CLIPTextModel, "text_encoder")
     if kind == "StableDiffusionPipeline":
         model: TextToImage = StableDiffusion(*common, tokenizer, text_encoder)
     else:
-        tokenizer_2 = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2", local_files_only=True)
         encoders = text_encoder, part(CLIPTextModelWithProjection, "text_encoder_2")
         zero_uncond = bool(index.get("force_zeros_for_empty_prompt", True))
-        model = StableDiffusionXL(*common, (tokenizer, tokenizer_2), encoders, zero_uncond)
+        model = StableDiffusionXL(*common, (tokenizer, words("tokenizer_2")), encoders, zero_uncond)
     model.autocast = dtype if model.dtype != dtype else None
     check_network(model, name)
     return model
+
+
+@contextmanager
+def opening(name: str, part: str) -> Iterator[None]:
+    """A context in which the libraries open a part of the model called ``name``.
+
+    Raises:
+        UserError: whatever they raise: a damaged or hostile folder fails in many ways, each with an error of its own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = one_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"model.path = {name!r}: can't open {part}: {what}") from error
 
 
 def open_part(cls: Any, folder: Path, subfolder: str, dtype: torch.dtype, variant: str | None) -> Any:
@@ -85,9 +106,9 @@ def open_part(cls: Any, folder: Path, subfolder: str, dtype: torch.dtype, varian
 
     Raises:
         OSError: if there is none.
-        UserError: if its weights are not those of the class, or its config asks for code of its own.
+        UserError: if its weights are not those of the class, or the folder asks for what it must not.
     """
-    reject_foreign_code(folder / subfolder / "config.json")
+    check_part(folder / subfolder)
     precision = {"dtype" if issubclass(cls, PreTrainedModel) else "torch_dtype": dtype}
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": variant}
     with no_progress_bars():
@@ -121,25 +142,3 @@ def check_network(model: TextToImage, name: str) -> None:
         problems[f"its network takes {takes} numbers besides the text, not {width} (a refiner?)"] = takes != width
     for problem in (text for text, wrong in problems.items() if wrong):
         raise UserError(f"model.path = {name!r}: {problem}, which is not supported")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: if the file is missing or holds anything else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read {path}: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"can't read {path}: a JSON object was expected")
-    return content
-
-
-def reject_foreign_code(config: Path) -> None:
-    """Refuses a config that asks for code of its own (CVE-2026-4372, CVE-2026-5241)."""
-    for key in read_json(config):
-        if key in FOREIGN_CODE_KEYS or key.startswith("_attn_implementation"):
-            raise UserError(f"{config} asks for code of its own ({key}): remove that key if you trust the model")

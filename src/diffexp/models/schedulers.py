@@ -12,7 +12,7 @@ from typing import Any, cast
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from diffexp.diffusion import NoiseSchedule
-from diffexp.errors import UserError
+from diffexp.errors import UserError, cut
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -47,6 +47,7 @@ KNOWN: dict[str, tuple[Any, ...]] = {
 }
 """The values of each setting under which DDIM's transition is the model's."""
 
+MOST_TIMESTEPS = 10_000
 KEPT = (
     "num_train_timesteps",
     "beta_start",
@@ -70,11 +71,18 @@ def ddim_scheduler(config: Mapping[str, Any]) -> DDIMScheduler:
     """
     name = config.get("_class_name", "DDIMScheduler")
     if name not in SCHEDULERS:
-        raise UserError(f"the model's scheduler is a {name}, which is not supported: {', '.join(SCHEDULERS)} are")
+        raise UserError(
+            f"the model's scheduler is a {cut(str(name))}, which is not supported: {', '.join(SCHEDULERS)} are"
+        )
     for key, values in KNOWN.items():
         if config.get(key, values[0]) not in values:
             allowed = " or ".join(repr(value) for value in values if value is not None)
             raise UserError(f"the model's scheduler has {key} = {config[key]!r}, not supported: only {allowed} is")
+    steps = config.get("num_train_timesteps", 1000)
+    if not isinstance(steps, int) or not 1 <= steps <= MOST_TIMESTEPS:
+        raise UserError(
+            f"the model's scheduler has num_train_timesteps = {cut(repr(steps))}: 1…{MOST_TIMESTEPS} are read"
+        )
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
         raise UserError(
             "the model's scheduler has rescale_betas_zero_snr = true and prediction_type = 'epsilon': where there is "

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffexp.errors import UserError
-from diffexp.lora_header import METADATA_KEY
+from diffexp.errors import UserError, one_line
+from diffexp.lora_header import METADATA_KEY, check_header_size
 from diffexp.models.base import TextToImage
 from diffexp.models.lora.adapters import Initialisation, Layer, Layers, add_to, attach_layers, layer_modules
 from diffexp.models.lora.keys import Place, places, stems
@@ -100,11 +100,12 @@ def read(model: TextToImage, file: Path) -> dict[str, Layers]:
         UserError: if it can't be read, holds anything but plain LoRA matrices, or does not fit the model.
     """
     try:
+        check_header_size(file)
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"can't read the LoRA {file}: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"can't read the LoRA {file}: {one_line(error)}") from error
     known, found = stems(model), grouped(tensors, file)
     foreign = sorted(name for name in found if name not in known)
     if foreign:
@@ -116,7 +117,7 @@ def read(model: TextToImage, file: Path) -> dict[str, Layers]:
     adapters: dict[str, Layers] = {}
     for name, parts in sorted(found.items()):
         place = known[name]
-        layer = Layer(parts[DOWN], parts[UP], float(parts.get(ALPHA, scales(place, len(parts[DOWN])))))
+        layer = layer_of(parts, lambda rank, place=place: scales(place, rank), f"{file}: {name}")
         adapters.setdefault(place.folder, {})[place.path] = shaped(layer, shapes[place], f"{file}: {name}")
     return adapters
 
@@ -161,7 +162,9 @@ class Scales:
     def __call__(self, place: Place, rank: int) -> float:
         alpha = self.stated.get(f"{place.folder}.lora_alpha", rank)
         for pattern, value in (self.stated.get(f"{place.folder}.alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", place.path):
+            # peft takes it for a regular expression, but a stranger's may take for ever
+            path = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+            if place.path == path or place.path.endswith(f".{path}"):
                 alpha = value
         return float(alpha) * (math.sqrt(rank) if self.stated.get(f"{place.folder}.use_rslora") else 1)
 
@@ -173,13 +176,31 @@ def stated_scales(header: Mapping[str, str], file: Path) -> Scales:
         UserError: if it is damaged, or is that of another kind of adapter.
     """
     try:
-        stated = json.loads(header.get(METADATA_KEY, "{}"))
+        stated = dict(json.loads(header.get(METADATA_KEY, "{}")))
         kinds = [key for key in stated if key.endswith((".use_dora", ".lora_bias")) and stated[key]]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"can't read the LoRA {file}: its {METADATA_KEY} is damaged") from error
     if kinds:
         raise UserError(f"{file} is no plain LoRA: {kinds[0].partition('.')[2]} is set, which can't be read here")
     return Scales(stated)
+
+
+def layer_of(parts: Mapping[str, Tensor], stated: Callable[[int], float], what: str) -> Layer:
+    """A layer of finite matrices and scale; ``stated`` is the alpha for a rank, where no tensor says it.
+
+    Raises:
+        UserError: if they are none.
+    """
+    down, up = parts[DOWN], parts[UP]
+    if min(down.dim(), up.dim()) < 2 or not len(down):
+        raise UserError(f"{what} is no LoRA: its matrices are {tuple(down.shape)} and {tuple(up.shape)}")
+    try:
+        alpha = float(parts[ALPHA] if ALPHA in parts else stated(len(down)))
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{what} is no LoRA: its alpha is no number") from error
+    if not (math.isfinite(alpha) and down.isfinite().all() and up.isfinite().all()):
+        raise UserError(f"{what} has numbers that are not finite: take an earlier file of that training")
+    return Layer(down, up, alpha)
 
 
 def shaped(layer: Layer, weight: Sequence[int], what: str) -> Layer:
