@@ -91,7 +91,7 @@ def test_jsonl_file(tmp_path: Path):
         ("", "unknown prompt set ''"),
         ("text:  ", "no prompt after 'text:'"),
         ("no/such/file.txt", "no such file"),
-        ("prompts.csv", "ends in .txt or .jsonl"),
+        ("prompts.csv", "which column? write prompts.csv#column"),
         ("./animals", "ends in .txt or .jsonl"),
         ("~no-such-user-here/a.txt", "cannot be read"),
         ("a\0b.txt", "cannot be read"),

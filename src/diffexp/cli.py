@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from diffexp.errors import UserError, printable, refusal, writing
+from diffexp import completion
+from diffexp.cli_lists import HELP, lists
+from diffexp.control import REQUESTS, ask
+from diffexp.errors import GOES_ON, Lost, UserError, printable, refusal, writing
 from diffexp.version import __version__
 
 
@@ -35,18 +39,34 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich help costs a third of the start-up time
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
+app.add_typer(lists)
 
-RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a TOML file.", metavar="RECIPE")]
+A_RECIPE = typer.Argument(
+    help="A shipped recipe's name, or a TOML file.", metavar="RECIPE", autocompletion=completion.recipes
+)
+RecipeName = Annotated[str, A_RECIPE]
 Target = Annotated[
-    str, typer.Argument(help='A run folder, a diffusers folder, a hub id, or "emoji".', metavar="RUN_OR_MODEL")
+    str,
+    typer.Argument(
+        help='A run folder, a diffusers folder, a hub id, or "emoji".',
+        metavar="RUN_OR_MODEL",
+        autocompletion=completion.runs,
+    ),
 ]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN", autocompletion=completion.runs)]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a setting; may be repeated.",
+        autocompletion=completion.settings,
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -67,12 +87,11 @@ def options(
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A shipped recipe's name, or a TOML file.", metavar="RECIPE")
-    ] = None,
+    recipe: Annotated[str | None, A_RECIPE] = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/RECIPE-sSEED.")] = None,
     quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Say everything as JSON, one object a line.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the work.")] = 1,
     like: Annotated[
         Path | None, typer.Option(help="Instead of a recipe: a LoRA file or run, whose recipe is repeated.")
@@ -91,19 +110,25 @@ def train(
 
         source = [recipe] if recipe else ["--like", str(like)]
         changes = [part for change in overrides or [] for part in ("--set", change)]
-        return launch(processes, ["train", *source, *changes, "--out", str(folder), *["--quiet"] * quiet])
+        modes = [*["--quiet"] * quiet, *["--json"] * as_json]
+        return launch(processes, ["train", *source, *changes, "--out", str(folder), *modes])
     from diffexp.console import reporter
     from diffexp.training import train
 
-    with writing("--out", folder):
-        train(chosen, folder, reporter(quiet))
+    told = reporter(quiet, as_json)
+    with writing("--out", folder), redirect_stdout(sys.stderr if as_json else sys.stdout):
+        train(chosen, folder, told)
 
 
 @app.command()
 def evaluate(
     target: Target,
-    prompts: Annotated[list[str] | None, typer.Option(help="Prompt set; may be repeated.")] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="Reward; may be repeated.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option(help="Prompt set; may be repeated.", autocompletion=completion.prompts)
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="Reward; may be repeated.", autocompletion=completion.rewards)
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 10,
     overrides: Overrides = None,
     as_json: Json = False,
@@ -192,22 +217,6 @@ def reproduce(
         reproduce(figure, scale, seeds, out, workers, dry_run, settings, Console())
 
 
-@app.command("recipes")
-def list_recipes() -> None:
-    """List the shipped recipes. Example: diffexp recipes"""
-    from diffexp.toml import shipped
-
-    print_table(shipped())
-
-
-@app.command("prompts")
-def list_prompts() -> None:
-    """List the prompt sets. Example: diffexp prompts"""
-    from diffexp.prompts import available
-
-    print_table(available())
-
-
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A LoRA file, or a run folder.", metavar="FILE")],
@@ -223,36 +232,63 @@ def show(
     typer.echo(header.to_json() if as_json else header.describe())
 
 
-rewards = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
-app.add_typer(rewards, name="rewards")
-
-
-@rewards.callback(invoke_without_command=True)
-def list_rewards(context: typer.Context) -> None:
-    """List the rewards, or check what one needs. Example: diffexp rewards"""
-    from diffexp.rewards import available
-
-    if context.invoked_subcommand is None:
-        print_table(available())
-
-
-@rewards.command("check")
-def check_reward(
-    name: Annotated[str, typer.Argument(help="A reward, or a sum of some.", metavar="REWARD")],
+@app.command()
+def ctl(
+    run: RunFolder,
+    request: Annotated[
+        str,
+        typer.Argument(
+            help="sample: paint the previews; save: a checkpoint and the LoRA; stop: save and end.",
+            metavar="sample|save|stop",
+            autocompletion=lambda: list(REQUESTS),
+        ),
+    ],
 ) -> None:
-    """Say what a reward downloads, from where, how big it is, under which licence, and what is missing here.
+    """Ask a run that trains for something, from a second shell. It does so after the current iteration.
 
-    Example: diffexp rewards check 2*hpsv2+aesthetic
+    Example: diffexp ctl runs/first sample
     """
-    from diffexp.rewards.needs import describe
-
-    typer.echo(describe(name))
+    typer.echo(f"asked {run}: after the current iteration {ask(run, request)}")
 
 
-def print_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
-    for name, description in rows.items():
-        typer.echo(f"{name:<{width}}  {description}")
+@app.command()
+def push(
+    run: RunFolder,
+    to: Annotated[str, typer.Option(help="The repository on the hub, as user/name; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Only for yourself.")] = False,
+) -> None:
+    """Publish a run's LoRA files, card and images on the Hugging Face hub. Nothing is ever published without this.
+
+    Example: diffexp push runs/first --to me/pretty-dolphins --private
+    """
+    from diffexp.push import push
+
+    typer.echo(push(run, to, private))
+
+
+@app.command("serve-reward")
+def serve_reward(
+    reward: Annotated[
+        str,
+        typer.Argument(
+            help="A reward, or your own as file.py:function.", metavar="REWARD", autocompletion=completion.rewards
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at; any but loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8420,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token to ask for; default: DIFFEXP_REWARD_TOKEN, if set.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it computes: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Images scored at once.")] = 64,
+) -> None:
+    """Score images for runs on other devices or machines, whose recipes say reward = "http://HOST:PORT".
+
+    Example: diffexp serve-reward hpsv2 --device cuda:1
+    """
+    from diffexp.rewards.server import serve
+
+    serve(reward, host, port, token_file, device, batch)
 
 
 def main() -> None:
@@ -261,8 +297,11 @@ def main() -> None:
         sys.exit(app(prog_name="diffexp", standalone_mode=False) or 0)
     except UserError as error:
         complain(str(error))
-    except Stopped as stop:
-        typer.echo(f"{stop}: the same command again goes on from the newest checkpoint", err=True)
+    except Lost as error:
+        typer.echo(f"error: {error}; {GOES_ON}", err=True)
+        sys.exit(Lost.exit_code)
+    except (Stopped, KeyboardInterrupt) as stop:
+        typer.echo(f"{str(stop) or 'stopped'}: {GOES_ON}", err=True)
         sys.exit(130)
     except OSError as error:
         mistake = refusal(error, str(error.filename or "the disk"))

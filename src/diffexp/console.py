@@ -93,10 +93,13 @@ class LiveReporter(PlainReporter):
 class JsonReporter(Reporter):
     """One JSON object a line on standard output, each with the ``event`` that it tells of."""
 
+    def __init__(self) -> None:
+        self.out = sys.stdout  # libraries may be sent elsewhere from here on: what they print is no JSON
+
     def tell(self, event: str, **values: Any) -> None:
         # JSON has no NaN: null, as in metrics that were not measured
         clean = json.loads(json.dumps(values, default=str), parse_constant=lambda _: None)
-        print(json.dumps({"event": event, **clean}, ensure_ascii=False), flush=True)
+        print(json.dumps({"event": event, **clean}, ensure_ascii=False), file=self.out, flush=True)
 
     def started(self, recipe: Recipe, folder: Path, iteration: int) -> None:
         self.progress = Progress(recipe, folder, iteration)

@@ -34,6 +34,14 @@ def shipped() -> dict[str, str]:
     return {name: first_comment(found[name].read_text(encoding="utf-8")) for name in sorted(found)}
 
 
+def memory_of(name: str) -> float:
+    """GiB that a shipped recipe takes of a GPU's memory, or of the machine's: a comment of it or of its base says so."""
+    text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    if found := re.search(r"^# Memory: about ([\d.]+) GiB", text, re.MULTILINE):
+        return float(found[1])
+    return memory_of(tomllib.loads(text)["base"])
+
+
 def first_comment(text: str) -> str:
     """The first line of TOML that is a comment for people, which ``#:schema`` is not."""
     comments = (line for line in text.splitlines() if line.startswith("#") and not line.startswith("#:"))

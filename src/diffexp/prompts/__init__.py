@@ -16,6 +16,7 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from diffexp.errors import UserError, cut, unknown
+from diffexp.prompts import tables
 from diffexp.prompts.files import SUFFIXES, clean, read
 from diffexp.prompts.words import (
     ACTIVITIES,
@@ -33,14 +34,14 @@ LITERAL = "text:"
 
 
 def load(name_or_path: str | Path) -> tuple[str, ...]:
-    """The prompts of a named set, of a ``.txt`` or ``.jsonl`` file, or the one after ``text:``; never empty.
+    """The prompts of a named set, a ``.txt`` or ``.jsonl`` file, a table's column, or the one after ``text:``.
 
-    Duplicates and the order are kept. A name of :func:`available` wins over a file of the same name; write
-    ``./animals`` for the file.
+    Never empty; duplicates and the order are kept. A name of :func:`available` wins over a file of the same name; write
+    ``./animals`` for the file. Columns are named as :mod:`diffexp.prompts.tables` says.
 
     Raises:
-        UserError: an unknown name, a file that is missing, empty, not UTF-8 or not in one of the two formats, or a
-            prompt that can't be shown.
+        UserError: an unknown name, a file that is missing, empty, not UTF-8 or not in one of the formats, or a prompt
+            that can't be shown.
     """
     name = str(name_or_path)
     if name.startswith(LITERAL):
@@ -50,20 +51,25 @@ def load(name_or_path: str | Path) -> tuple[str, ...]:
         return (clean(prompt, f"prompts {cut(repr(name))}"),)
     if name in _SETS:
         return _SETS[name][1]()
+    if tables.is_table(name):
+        return tables.read(name)
     if isinstance(name_or_path, Path) or _looks_like_a_file(name):
         return read(Path(name))
     known = ", ".join(_SETS)
-    remedy = f"known: {known}; or a {' or '.join(SUFFIXES)} file, or {LITERAL}one prompt"
+    remedy = f"known: {known}; or a {' or '.join(SUFFIXES)} file, a table's file.csv#column, or {LITERAL}one prompt"
     raise unknown("prompt set", name, _SETS, remedy)
 
 
 def check(name_or_path: str | Path) -> None:
-    """Nothing, if :func:`load` would succeed; it reads a file but changes nothing.
+    """Nothing, if :func:`load` would succeed; it reads a file but changes nothing. Tables are not opened.
 
     Raises:
         UserError: as :func:`load`.
     """
-    load(name_or_path)
+    if tables.is_table(str(name_or_path)):
+        tables.check(str(name_or_path))
+    else:
+        load(name_or_path)
 
 
 def available() -> dict[str, str]:

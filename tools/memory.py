@@ -1,0 +1,260 @@
+"""How much memory of a GPU the recipes for Stable Diffusion take, computed without one.
+
+    python -m tools.memory                    # a line for every recipe
+    python -m tools.memory sd15-8gb --write   # put the figures into the recipes' comments
+
+The networks are built from their published configurations on torch's "meta" device, where tensors have shapes but no
+contents, and the passes that a recipe makes are run on them: a rollout, decoding, an update. What is alive at once is
+counted, with attention as fused kernels do it. An estimate: 10 % for fragmentation and what libraries take are added,
+and nothing was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModel
+
+from diffexp.config import AlignPropSettings, DDPOSettings, Recipe
+from diffexp.models import lora
+from diffexp.models.base import Source, TextToImage
+from diffexp.models.loading import PRECISIONS
+from diffexp.models.sdxl import StableDiffusionXL
+from diffexp.models.stable_diffusion import StableDiffusion
+from diffexp.text import TextEmbedding
+from diffexp.toml import shipped
+
+GIB = 2**30
+FRAGMENTATION = 1.1
+LIBRARIES = 0.7  # GiB: the CUDA context, cuDNN's and cuBLAS's workspaces
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_G: dict[str, Any] = {
+    **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+    **{"hidden_act": "gelu", "projection_dim": 1280},
+}
+VISION: dict[str, dict[str, Any]] = {
+    "L": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    "H": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+}
+REWARDS = {
+    "aesthetic": (428e6, "L"),
+    "clipscore": (428e6, "L"),
+    "pickscore": (986e6, "H"),
+    "hpsv2": (986e6, "H"),
+    "imagereward": (447e6, "L"),
+}
+"""Parameters, and the vision tower that they go through."""
+SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+
+
+class FusedAttention(torch.autograd.Function):
+    """Attention that keeps what a fused kernel keeps: inputs, output and one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors[:3])
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, for as long as each lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.watch, out)
+        return out
+
+    def watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            size = storage.nbytes()
+            self.known[storage] = True
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, size)
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that ``work`` has alive at once, besides what was there before."""
+    attention = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v)
+    try:
+        with torch.device("meta"), Meter() as meter:
+            work()
+    finally:
+        functional.scaled_dot_product_attention = attention
+    return meter.peak
+
+
+def size(*modules: nn.Module) -> int:
+    """The bytes of the parameters."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def model_of(recipe: Recipe) -> TextToImage:
+    """The recipe's model, without contents."""
+    dtype, xl = PRECISIONS[recipe.model.precision], "xl" in recipe.model.path
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**(SDXL_UNET if xl else SD15_UNET)).to(dtype)
+        vae = AutoencoderKL(**VAE).to(torch.float32 if dtype == torch.float16 else dtype)
+        encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L)).to(dtype)
+        common = (unet, vae, DDIMScheduler(), Source(recipe.model.path))
+        if xl:
+            second = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)).to(dtype)
+            model: TextToImage = StableDiffusionXL(*common, cast(Any, (None, None)), (encoder, second))
+        else:
+            model = StableDiffusion(*common, cast(Any, None), encoder)
+        lora.add(model, recipe.lora.rank or 4, recipe.lora.alpha, recipe.lora.targets or lora.ATTENTION)
+    model.computing = nullcontext  # type: ignore[method-assign]  # meta knows no autocast
+    model.checkpointing("unet" in recipe.update.checkpoint, "decoder" in recipe.update.checkpoint)
+    return model
+
+
+def text_of(model: TextToImage, count: int) -> TextEmbedding:
+    """``count`` embedded prompts of the model."""
+    width, pooled = (2048, torch.empty(count, 1280)) if isinstance(model, StableDiffusionXL) else (768, None)
+    null = torch.empty(77, width)
+    return TextEmbedding(
+        torch.empty(count, 77, width), [[]] * count, null, null, pooled, None if pooled is None else pooled[0]
+    )
+
+
+def phases(recipe: Recipe) -> Mapping[str, float]:
+    """GiB of each phase of an iteration, and of what is always there."""
+    model = model_of(recipe)
+    shape, w = model.latent_shape(recipe.sampler.size), recipe.sampler.guidance
+    names = {name for name in REWARDS if re.search(rf"(^|[+*]){re.escape(name)}($|\+)", recipe.reward)}
+    with torch.device("meta"):
+        towers = [CLIPVisionModel(CLIPVisionConfig(**VISION[REWARDS[name][1]])).requires_grad_(False) for name in names]
+    rewards = sum(4 * REWARDS[name][0] for name in names)
+    adapter = sum(p.numel() for _, p in model.trainable())
+    always = size(model.unet, model.vae, *model.text_encoders().values()) + rewards + 3 * 4 * adapter
+    algorithm, rollout, update = recipe.algorithm, recipe.rollout.batch, recipe.update.batch
+
+    def score(images: Tensor) -> Tensor:
+        pixels = functional.interpolate(images, (224, 224), mode="bilinear")
+        return sum((tower(pixels).pooler_output.sum() for tower in towers), images.sum())
+
+    def denoise(count: int, steps: int) -> Tensor:
+        text, x = text_of(model, count), torch.empty(count, *shape)
+        for _ in range(steps):
+            x = x - model.predict(x, 500, text, w)
+        return x
+
+    @torch.no_grad()
+    def paint(count: int) -> None:
+        score(model.decode(denoise(count, 1)))
+
+    def backpropagate(steps: int) -> int:
+        return peak(lambda: score(model.decode(denoise(update, steps))).backward())
+
+    def policy_gradient() -> None:
+        denoise(update, 1).square().mean().backward()
+
+    found = {"always": always, "rollout": peak(lambda: paint(rollout))}
+    if isinstance(algorithm, DDPOSettings):
+        pixels = shape[1] * shape[2] * model.pixels**2
+        latents = shape[0] * shape[1] * shape[2]
+        kept = 4 * recipe.samples * ((recipe.sampler.steps + 1) * latents + 3 * pixels)
+        found = {**found, "always": always + kept, "update": peak(policy_gradient)}
+    else:
+        # each further step that learns takes as much more as the second one
+        one, two = backpropagate(1), backpropagate(2)
+        last = algorithm.last_steps if isinstance(algorithm, AlignPropSettings) else None
+        found["update"] = one + ((last or recipe.sampler.steps) - 1) * (two - one)
+    return {name: count / GIB for name, count in found.items()}
+
+
+def estimate(recipe: Recipe) -> float:
+    """GiB of the GPU's memory that a run takes."""
+    found = phases(recipe)
+    return (found["always"] + max(found["rollout"], found["update"])) * FRAGMENTATION + LIBRARIES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", help="default: all for Stable Diffusion")
+    parser.add_argument("--write", action="store_true", help="write the figures into the recipes")
+    options = parser.parse_args()
+    for name in options.recipes or [name for name in shipped() if name.startswith("sd")]:
+        recipe = Recipe.load(name)
+        found, total = phases(recipe), estimate(recipe)
+        print(
+            f"{name:24} {total:5.1f} GiB: " + ", ".join(f"{part} {value:.1f}" for part, value in found.items()),
+            flush=True,
+        )
+        if options.write:
+            file = Path(str(files("diffexp") / "recipes" / f"{name}.toml"))
+            text = file.read_text(encoding="utf-8")
+            file.write_text(
+                re.sub(r"(?<=^# Memory: about )[\d.]+", f"{total:.1f}", text, flags=re.MULTILINE), encoding="utf-8"
+            )
+
+
+if __name__ == "__main__":
+    main()
