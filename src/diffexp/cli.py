@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from diffexp import completion
 from diffexp.cli_lists import HELP, lists
 from diffexp.control import REQUESTS, ask
-from diffexp.errors import GOES_ON, Lost, UserError, printable, refusal, writing
+from diffexp.errors import UserError, cut, printable, refusal, writing
 from diffexp.version import __version__
 
 
@@ -304,7 +304,7 @@ def main() -> None:
         typer.echo(f"{str(stop) or 'stopped'}: {GOES_ON}", err=True)
         sys.exit(130)
     except OSError as error:
-        mistake = refusal(error, str(error.filename or "the disk"))
+        mistake = refusal(error, cut(str(error.filename or "the disk")))
         if mistake is None:
             raise
         complain(str(mistake))

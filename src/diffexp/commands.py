@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -81,12 +82,31 @@ def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
     config = Path(target) / CONFIG
     if config.is_file():
         recipe = Recipe.parse(read_toml(config), str(config), changes)
+        refuse_code(recipe, Path(target))
         model = assembly.model(recipe)
         lora.load(model, Path(target) / "lora" / DIFFUSERS_FILE)
     else:
         recipe = Recipe.parse({"model": {"path": target}}, target, changes)
         model = assembly.model(recipe)
     return Painter(recipe, assembly.sampler(recipe, model))
+
+
+def refuse_code(recipe: Recipe, folder: Path) -> None:
+    """Refuses a run's recipe whose code lies in the run's own folder: no training puts any there.
+
+    Raises:
+        UserError: which file it is.
+    """
+    waiting: list[Any] = [recipe.model_dump(mode="json")]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list)):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and ".py:" in value:
+            for name in re.split(r"[+*]", value):
+                file = Path(name.rpartition(":")[0].strip())
+                if file.suffix == ".py" and file.resolve().is_relative_to(folder.resolve()):
+                    raise UserError(f"{file}: code that came with the run is not run: put it elsewhere if you trust it")
 
 
 def evaluate(

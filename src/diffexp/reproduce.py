@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from diffexp.errors import UserError
 from diffexp.experiments import SCALES, Figure, Job, chosen, jobs
 from diffexp.interruption import Interrupted, Interruption
 from diffexp.records import CONFIG, EVALUATIONS, METRICS, JsonLines
+from diffexp.runs import objects
 
 TIMES = "times.jsonl"
 POLL = 0.5  # seconds between two looks at the running processes
@@ -69,9 +69,10 @@ class State:
 class Times:
     """Seconds an image of what ran so far, by model, algorithm and denoising steps; kept in a file."""
 
+    KEYS = frozenset(("kind", "images", "seconds"))
+
     def __init__(self, path: Path) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.path, self.records = path, [json.loads(line) for line in lines]
+        self.path, self.records = path, [record for record in objects(path) if record.keys() >= self.KEYS]
 
     @staticmethod
     def kind(recipe: Recipe) -> list[Any]:
@@ -262,15 +263,9 @@ def device(states: Sequence[State]) -> str:
 
 def painted(folder: Path) -> int:
     """Images that a run has painted so far, as its records say: training and evaluation."""
-    metrics, evaluations = lines(folder / METRICS), lines(folder / EVALUATIONS)
+    metrics, evaluations = objects(folder / METRICS), objects(folder / EVALUATIONS)
     sets = {(entry["iteration"], entry["prompts"]): entry["n"] for entry in evaluations}
     return int(metrics[-1]["queries"] if metrics else 0) + sum(sets.values())
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file to which another process is writing: an unfinished last line is left out."""
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def log(state: State) -> Path:

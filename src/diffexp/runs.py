@@ -103,7 +103,7 @@ class Run:
             strategies=strategies,
             objective=objective if objective in evaluations else next(iter(evaluations)),
             recipe={key: value for key, value in _flat(config) if not _is_incidental(key, bool(strategies))},
-            metrics=_last_of_each(_objects(path / "metrics.jsonl")),
+            metrics=_last_of_each(objects(path / "metrics.jsonl")),
             evaluations=evaluations,
         )
 
@@ -146,7 +146,7 @@ def _is_incidental(key: str, explores: bool) -> bool:
 
 def _evaluations(file: Path) -> dict[Measure, Curve]:
     points: dict[Measure, dict[float, float]] = {}
-    for number, entry in enumerate(_objects(file), start=1):
+    for number, entry in enumerate(objects(file), start=1):
         try:
             measure = Measure(str(entry["prompts"]), str(entry["reward"]))
             queries, mean = float(entry["queries"]), float(entry["mean"])
@@ -166,7 +166,12 @@ def _evaluations(file: Path) -> dict[Measure, Curve]:
     }
 
 
-def _objects(file: Path) -> list[dict[str, Any]]:
+def objects(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last line that is still being written is left out.
+
+    Raises:
+        UserError: if another line is no object.
+    """
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -192,4 +197,4 @@ def is_number(value: Any) -> bool:
 
 def _last_of_each(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     # A resumed run writes the iterations after its checkpoint a second time: the later ones count.
-    return list({entry.get("iteration", k): entry for k, entry in enumerate(metrics)}.values())
+    return list({str(entry.get("iteration", k)): entry for k, entry in enumerate(metrics)}.values())
