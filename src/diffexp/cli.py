@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from diffexp import completion
 from diffexp.cli_lists import HELP, lists
 from diffexp.control import REQUESTS, ask
-from diffexp.errors import UserError, cut, printable, refusal, writing
+from diffexp.errors import GOES_ON, Lost, UserError, cut, printable, refusal, writing
 from diffexp.version import __version__
 
 

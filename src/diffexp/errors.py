@@ -27,6 +27,21 @@ class UserError(ValueError):
     """A mistake that the user can mend: its message names the setting, the value and the remedy."""
 
 
+GOES_ON = "the same command again goes on from the newest checkpoint"
+
+
+class Lost(RuntimeError):
+    """Another process of the run is gone, or stands still: this one ends as well, and the run can be continued."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """What the user may have meant by ``name``."""
     return next(iter(get_close_matches(name, list(known), n=1, cutoff=0.5)), None)
