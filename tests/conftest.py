@@ -9,6 +9,7 @@ from tiny import write_pipeline
 
 from diffexp import models, rollout
 from diffexp.algorithms import alignprop, rwr
+from diffexp.learner import Learner
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Sampler
 
@@ -64,3 +65,11 @@ def disturb(model: TextToImage, scale: float = 0.1) -> None:
         for name, parameter in model.trainable():
             if ".lora_B." in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=noise))
+
+
+def caught_gradient(learner: Learner) -> dict[str, torch.Tensor]:
+    """Fills up with each parameter's gradient when the learner steps: what the optimiser is given."""
+    caught: dict[str, torch.Tensor] = {}
+    named = learner.parameters.items()
+    learner.optimizer.register_step_pre_hook(lambda *_: caught.update({n: p.grad.clone() for n, p in named}))
+    return caught

@@ -3,27 +3,26 @@ from __future__ import annotations
 import pytest
 import torch
 from brightness import brightness
+from conftest import caught_gradient
 from test_rollout import batch
 
 from diffexp import rollout
 from diffexp.algorithms import AlignProp
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
+from diffexp.memory import MicroBatch
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Batch, Sampler
 
 
-def align(sampler: Sampler, **settings: object) -> AlignProp:
-    learner = Learner(sampler.model.trainable(), learning_rate=1e-3, max_grad_norm=1e9)
+def align(sampler: Sampler, batch: int = 4, **settings: object) -> AlignProp:
+    learner = Learner(sampler.model.trainable(), learning_rate=1e-3, max_grad_norm=1e9, batch=MicroBatch(batch))
     return AlignProp(sampler, learner, brightness, **{"truncation": "fixed", "last_steps": 2, **settings})
 
 
-def caught_gradient(algorithm: AlignProp, on: Batch) -> dict[str, torch.Tensor]:
+def gradient_of(algorithm: AlignProp, on: Batch) -> dict[str, torch.Tensor]:
     """The gradient of one iteration, before the optimiser uses it."""
-    caught: dict[str, torch.Tensor] = {}
-    learner = algorithm.learner
-    step = learner.step
-    learner.step = lambda: caught.update({n: p.grad.clone() for n, p in learner.parameters.items()}) or step()
+    caught = caught_gradient(algorithm.learner)
     algorithm.step(on)
     return caught
 
@@ -36,7 +35,7 @@ def test_gradient_is_a_finite_difference(double: Sampler) -> None:
     random = torch.Generator().manual_seed(0)
     direction = {n: torch.randn(p.shape, generator=random).double() for n, p in model.trainable()}
     start = {n: p.detach().clone() for n, p in model.trainable()}
-    gradient = caught_gradient(align(sampler, last_steps=4), on)
+    gradient = gradient_of(align(sampler, last_steps=4), on)
 
     def reward(step: float) -> float:
         with torch.no_grad():
@@ -67,7 +66,7 @@ def test_no_gradient_before_the_last_steps(double: Sampler, last: int, monkeypat
     recorded: list[bool] = []
     network = sampler.model.network
     monkeypatch.setattr(sampler.model, "network", lambda *a: recorded.append(torch.is_grad_enabled()) or network(*a))
-    gradient = caught_gradient(align(sampler, last_steps=last), on)
+    gradient = gradient_of(align(sampler, last_steps=last), on)
     assert recorded == [False] * (sampler.steps - last) + [True] * last
     for name in named:
         torch.testing.assert_close(gradient[name], expected[name], rtol=1e-9, atol=1e-14)
@@ -79,9 +78,9 @@ def test_micro_batches_change_no_gradient(double: Sampler, settings: dict[str, i
     sampler = double
     on = batch(sampler.model)
     start = sampler.model.state()
-    whole = caught_gradient(align(sampler, update_batch=4, **settings), on)
+    whole = gradient_of(align(sampler, batch=4, **settings), on)
     sampler.model.set_state(start)
-    pieces = caught_gradient(align(sampler, update_batch=3, **settings), on)
+    pieces = gradient_of(align(sampler, batch=3, **settings), on)
     for name in whole:
         torch.testing.assert_close(pieces[name], whole[name], rtol=1e-6, atol=1e-14)
 
@@ -91,10 +90,10 @@ def test_recomputing_activations_changes_no_gradient(double: Sampler) -> None:
     sampler = double
     on = batch(sampler.model)
     start = sampler.model.state()
-    plain = caught_gradient(align(sampler), on)
+    plain = gradient_of(align(sampler), on)
     sampler.model.set_state(start)
     sampler.model.checkpointing(unet=True, decoder=True)
-    recomputed = caught_gradient(align(sampler), on)
+    recomputed = gradient_of(align(sampler), on)
     for name in plain:
         torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-9, atol=1e-14)
 
@@ -128,7 +127,7 @@ def test_redrawing_at_each_step_keeps_step_i_with_probability_i_plus_1_over_t_pl
 
 @pytest.mark.parametrize("model", ["sd"], indirect=True)
 def test_draft_lv_counts_every_copy_as_a_query(sampler: Sampler) -> None:
-    metrics = align(sampler, last_steps=1, copies=3).step(batch(sampler.model))
+    metrics = align(sampler, last_steps=1, copies=3).step(batch(sampler.model)).metrics
     assert metrics["queries"] == 12
     assert metrics["backprop_steps"] == 1
 
@@ -137,10 +136,10 @@ def test_draft_lv_counts_every_copy_as_a_query(sampler: Sampler) -> None:
 def test_alignprop_learns_brightness(model: TextToImage) -> None:
     lora.add(model, rank=4, targets=("to_v", "conv_out"), seed=0)
     sampler = Sampler(model, model.schedule(4), model.latent_shape())
-    learner = Learner(model.trainable(), learning_rate=3e-2)
-    algorithm = AlignProp(sampler, learner, brightness, "fixed", last_steps=2, update_batch=8)
+    learner = Learner(model.trainable(), learning_rate=3e-2, batch=MicroBatch(8))
+    algorithm = AlignProp(sampler, learner, brightness, "fixed", last_steps=2)
     on = Batch(["cat"] * 8, model.encode(["cat"] * 8), ConstantGuidance(2.0), [(0, 0, k) for k in range(8)])
-    steps = [algorithm.step(on) for _ in range(6)]
+    steps = [algorithm.step(on).metrics for _ in range(6)]
     rewards = [step["reward_mean"] for step in steps]
     assert rewards == sorted(rewards), "the same noise every time: each step of ascent must help"
     assert rewards[-1] > rewards[0] + 2 * steps[0]["reward_std"]

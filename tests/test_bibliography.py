@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from brightness import brightness
+from conftest import caught_gradient
 from test_ddpo import ddpo
 from test_rollout import batch, explored
 
@@ -14,6 +15,7 @@ from diffexp.algorithms.rwr import regression_weights
 from diffexp.diffusion import Transition, denoised
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
+from diffexp.memory import MicroBatch
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Batch, Sampler
 
@@ -41,8 +43,8 @@ def test_kl_is_that_of_gaussians() -> None:
 @only_sd
 def test_kl_to_the_base_is_zero_until_something_is_learned(model: TextToImage) -> None:
     sampler = fresh(model)
-    assert ddpo(sampler, kl=0.1).step(task(model, 0, 4))["kl_to_base"] == 0.0
-    assert ddpo(sampler, kl=0.1).step(task(model, 1, 4))["kl_to_base"] > 0.0
+    assert ddpo(sampler, kl=0.1).step(task(model, 0, 4)).metrics["kl_to_base"] == 0.0
+    assert ddpo(sampler, kl=0.1).step(task(model, 1, 4)).metrics["kl_to_base"] > 0.0
 
 
 @only_sd
@@ -50,14 +52,16 @@ def test_a_strong_kl_term_pulls_back_to_the_base(sampler: Sampler) -> None:
     on = explored(sampler.model, 1.0)
     algorithm = ddpo(sampler, kl=1e6)
     algorithm.learner.optimizer.param_groups[0]["lr"] = 1e-2
-    distances = [algorithm.step(on)["kl_to_base"] for _ in range(6)]
+    distances = [algorithm.step(on).metrics["kl_to_base"] for _ in range(6)]
     assert distances[-1] < 0.8 * distances[0]
 
 
 @only_sd
 def test_refl_is_the_gradient_of_the_foreseen_image(double: Sampler) -> None:
     on, named = batch(double.model), dict(double.model.trainable())
-    algorithm = ReFL(double, Learner(named.items(), 1e-3), brightness, last_steps=3, update_batch=3)
+    algorithm = ReFL(
+        double, Learner(named.items(), 1e-3, max_grad_norm=1e9, batch=MicroBatch(3)), brightness, last_steps=3
+    )
     i = algorithm.chosen_step(on)
     assert 1 <= i <= 3
     with torch.no_grad():
@@ -65,18 +69,17 @@ def test_refl_is_the_gradient_of_the_foreseen_image(double: Sampler) -> None:
     output = double.model.predict(x_t, double.schedule.timesteps[i], on.text, 5.0)
     x_0, _ = denoised("epsilon", double.schedule.alpha_bar[i], x_t, output)
     expected = torch.autograd.grad(-brightness(double.model.decode(x_0), []).mean(), list(named.values()))
-    caught: list[torch.Tensor] = []
-    algorithm.learner.step = lambda: caught.extend(p.grad.clone() for p in named.values()) or 0.0
-    assert algorithm.step(on)["queries"] == 4
-    for one, other in zip(caught, expected, strict=True):
+    caught = caught_gradient(algorithm.learner)
+    assert algorithm.step(on).metrics["queries"] == 4
+    for one, other in zip(caught.values(), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-14)
 
 
 @only_sd
 def test_refl_learns_brightness(model: TextToImage) -> None:
     sampler = fresh(model)
-    algorithm = ReFL(sampler, Learner(model.trainable(), 3e-2), brightness, last_steps=1, update_batch=8)
-    steps = [algorithm.step(task(model, 0, 8)) for _ in range(6)]
+    algorithm = ReFL(sampler, Learner(model.trainable(), 3e-2, batch=MicroBatch(8)), brightness, last_steps=1)
+    steps = [algorithm.step(task(model, 0, 8)).metrics for _ in range(6)]
     assert steps[-1]["reward_mean"] > steps[0]["reward_mean"] + steps[0]["reward_std"]
 
 
@@ -92,9 +95,10 @@ def test_regression_does_not_depend_on_memory_settings(double: Sampler) -> None:
     start, losses = double.model.state(), []
     for sizes in ((4, 4), (3, 1)):
         double.model.set_state(start)
-        learner = Learner(double.model.trainable(), 1e-3)
-        algorithm = RewardWeightedRegression(double, learner, brightness, 1.0, 2, *sizes)
-        losses.append(algorithm.step(batch(double.model))["loss"])
+        rollouts, updates = map(MicroBatch, sizes)
+        learner = Learner(double.model.trainable(), 1e-3, batch=updates)
+        algorithm = RewardWeightedRegression(double, learner, brightness, 1.0, 2, rollouts)
+        losses.append(algorithm.step(batch(double.model)).metrics["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
@@ -102,8 +106,8 @@ def test_regression_does_not_depend_on_memory_settings(double: Sampler) -> None:
 def test_regression_is_denoising_training_weighted_by_reward(double: Sampler) -> None:
     """Rebuilt sample by sample: √ᾱ x_0 + √(1−ᾱ) ε, the conditional prediction, and each sample's weight."""
     on, named = batch(double.model), dict(double.model.trainable())
-    learner = Learner(named.items(), 1e-3)
-    algorithm = RewardWeightedRegression(double, learner, brightness, 0.5, draws=1, rollout_batch=4, update_batch=4)
+    learner = Learner(named.items(), 1e-3, max_grad_norm=1e9)
+    algorithm = RewardWeightedRegression(double, learner, brightness, 0.5, draws=1)
     path = double.rollout(on, 4)
     weights = regression_weights(brightness(path.images, []), 0.5)
     i, loss = algorithm.drawn_step(on, 0), torch.zeros(())
@@ -114,8 +118,7 @@ def test_regression_is_denoising_training_weighted_by_reward(double: Sampler) ->
         output = double.model.predict(x_t, double.schedule.timesteps[i], on.text.select([k]), 1.0)
         loss = loss + weights[k] * (output - noise).square().mean() / 4
     expected = torch.autograd.grad(loss, list(named.values()))
-    caught: list[torch.Tensor] = []
-    learner.step = lambda: caught.extend(p.grad.clone() for p in named.values()) or 0.0
-    assert algorithm.step(on)["loss"] == pytest.approx(float(loss.detach()), rel=1e-9)
-    for one, other in zip(caught, expected, strict=True):
+    caught = caught_gradient(learner)
+    assert algorithm.step(on).metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-9)
+    for one, other in zip(caught.values(), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from brightness import brightness
+from conftest import caught_gradient
 from test_rollout import explored
 
 from diffexp.algorithms import DDPO
@@ -12,13 +13,14 @@ from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
 from diffexp.algorithms.ddpo import clipped_policy_loss
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
+from diffexp.memory import MicroBatch
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Batch, Sampler
 
 
-def ddpo(sampler: Sampler, **settings: object) -> DDPO:
-    learner = Learner(sampler.model.trainable(), learning_rate=1e-3, max_grad_norm=1e9)
-    return DDPO(sampler, learner, brightness, **{"rollout_batch": 4, "update_batch": 4, "minibatches": 1, **settings})
+def ddpo(sampler: Sampler, rollouts: int = 4, updates: int = 4, **settings: object) -> DDPO:
+    learner = Learner(sampler.model.trainable(), learning_rate=1e-3, max_grad_norm=1e9, batch=MicroBatch(updates))
+    return DDPO(sampler, learner, brightness, **{"minibatches": 1, **settings}, rollout_batch=MicroBatch(rollouts))
 
 
 def parameters(model: TextToImage) -> torch.Tensor:
@@ -67,7 +69,7 @@ def test_prompt_statistics_survive_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("low", [0.0, 0.5, 1.0, 5.0])
 def test_first_update_is_on_policy(sampler: Sampler, low: float) -> None:
-    metrics = ddpo(sampler).step(explored(sampler.model, low))
+    metrics = ddpo(sampler).step(explored(sampler.model, low)).metrics
     assert metrics["ratio_deviation"] == 0.0
     assert metrics["clip_fraction"] == 0.0
     assert metrics["grad_norm"] > 0
@@ -88,9 +90,8 @@ def test_policy_gradient_is_the_advantage_weighted_score(sampler: Sampler) -> No
             objective = objective - advantages[k] * density.sum() / (4 * sampler.steps)
     named = dict(sampler.model.trainable())
     expected = dict(zip(named, torch.autograd.grad(objective, list(named.values())), strict=True))
-    caught: dict[str, torch.Tensor] = {}
     algorithm = ddpo(sampler)
-    algorithm.learner.step = lambda: caught.update({n: p.grad.clone() for n, p in named.items()}) or 0.0
+    caught = caught_gradient(algorithm.learner)
     algorithm.step(batch)
     for name, gradient in expected.items():
         torch.testing.assert_close(caught[name], gradient, rtol=1e-3, atol=1e-7)
@@ -100,9 +101,9 @@ def test_policy_gradient_is_the_advantage_weighted_score(sampler: Sampler) -> No
 @pytest.mark.parametrize("sizes", [(1, 4), (4, 1), (3, 2)])
 def test_memory_settings_change_no_update(double: Sampler, sizes: tuple[int, int]) -> None:
     start, results = double.model.state(), []
-    for rollout_batch, update_batch in ((4, 4), sizes):
+    for rollouts, updates in ((4, 4), sizes):
         double.model.set_state(start)
-        ddpo(double, rollout_batch=rollout_batch, update_batch=update_batch).step(explored(double.model, 1.0))
+        ddpo(double, rollouts, updates).step(explored(double.model, 1.0))
         results.append(parameters(double.model))
     # AdamW's first step is lr · sign(gradient), 1e-3: compare at a thousandth of it
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
@@ -128,5 +129,5 @@ def test_ddpo_learns_brightness(model: TextToImage) -> None:
     text, steps = model.encode(["cat"] * 32), []
     for iteration in range(6):
         on = Batch(["cat"] * 32, text, ConstantGuidance(1.0), [(0, iteration, k) for k in range(32)])
-        steps.append(algorithm.step(on))
+        steps.append(algorithm.step(on).metrics)
     assert steps[-1]["reward_mean"] > steps[0]["reward_mean"] + 3 * steps[0]["reward_std"]

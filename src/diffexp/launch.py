@@ -3,16 +3,67 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from threading import Thread
+from typing import IO
 
-from diffexp.errors import UserError
+from diffexp.errors import Lost, UserError
+from diffexp.patience import patience
 
-GRACE = 10.0  # seconds between asking the remaining processes to end and ending them
+PROGRAM = (sys.executable, "-m", "diffexp")
+INTERRUPTED = 130  # the exit code of a run that was asked to stop
+NOTICE = 10.0  # seconds, besides the patience, for the others to notice that one failed, to save, and to end
+GRACE = 5.0  # seconds between asking the remaining processes to end and ending them
+ERROR = "error: "  # what the line of a user's error begins with; this process prints one for all
+
+
+class Rank:
+    """One process, told its place as torchrun would. What it says is passed on, and its last words are kept."""
+
+    def __init__(self, rank: int, size: int, where: int, arguments: Sequence[str]) -> None:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": where}
+        # torch's own account of a lost connection is a page of addresses for each process
+        environment = {
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            **os.environ,
+            **{key: str(value) for key, value in place.items()},
+        }
+        self.process = subprocess.Popen(  # noqa: S603
+            [*PROGRAM, *arguments], env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        self.last_words = ""
+        self.listener = Thread(target=self.listen, args=(self.process.stderr,), daemon=True)
+        self.listener.start()
+
+    def listen(self, stream: IO[str]) -> None:
+        """Passes on what the process writes to its standard error, but for the line of a user's error."""
+        with stream:
+            for line in stream:
+                self.last_words = line.strip() or self.last_words
+                if not line.startswith(ERROR):
+                    sys.stderr.write(line)
+
+    def code(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self.process.poll()
+
+    def words(self) -> str:
+        """The last line that it said, without what marks it as an error, and as whose."""
+        self.listener.join(1.0)
+        return re.sub(rf"^(\[rank\d+\]: )?({ERROR})?", "", self.last_words)
+
+    def obituary(self) -> str:
+        """How it ended, and the last that it said."""
+        code, words = self.code(), self.words()
+        how = "did not end" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+        return f"{how}: {words}" if words else how
 
 
 def launch(processes: int, arguments: Sequence[str]) -> None:
@@ -21,55 +72,59 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     Raises:
         UserError: if one of them fails; the others are ended, and the run can be continued.
     """
-    where = port()
-    ranks = [start(rank, processes, where, arguments) for rank in range(processes)]
-    previous = signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
+    seconds, where = patience(), port()
+    ranks = [Rank(rank, processes, where, arguments) for rank in range(processes)]
+    previous = signal.signal(signal.SIGTERM, lambda *_: [rank.process.terminate() for rank in ranks])
     try:
-        failed = watch(ranks)
+        failed = watch(ranks, seconds + NOTICE)
     finally:
         signal.signal(signal.SIGTERM, previous)
         end(ranks)
-    if failed is not None:
-        code = ranks[failed].returncode
-        if code == 130:
-            raise KeyboardInterrupt
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise UserError(f"process {failed} of {processes} failed ({how}), the others were ended: see its message above")
+    if failed is None:
+        return
+    if ranks[failed].code() == INTERRUPTED:
+        raise KeyboardInterrupt
+    if ranks[failed].code() == Lost.exit_code:
+        raise UserError(ranks[failed].words())
+    raise UserError(f"process {failed} of {processes} failed ({ranks[failed].obituary()}); the others were ended")
 
 
-def start(rank: int, size: int, where: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """One process, told its place as torchrun would."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": where}
-    environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
-    return subprocess.Popen([sys.executable, "-m", "diffexp", *arguments], env=environment)  # noqa: S603
+def watch(ranks: Sequence[Rank], grace: float) -> int | None:
+    """The rank to blame once one has failed, or None when all have ended well.
+
+    After the first has failed, the others have ``grace`` seconds to notice, to save, and to end by themselves; after
+    the user's own wish to stop, as long as they need.
+    """
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        with suppress(KeyboardInterrupt):  # Ctrl-C reached the processes too: they save and end
+            codes = [rank.code() for rank in ranks]
+            if None not in codes:
+                break
+            if deadline == float("inf") and not {None, 0, INTERRUPTED}.issuperset(codes):
+                deadline = time.monotonic() + grace
+            time.sleep(0.1)
+    return blamed([rank.code() for rank in ranks])
 
 
-def watch(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """The first rank that failed, or None when all have ended well."""
-    while True:
-        try:
-            codes = [rank.poll() for rank in ranks]
-            if bad := [rank for rank, code in enumerate(codes) if code]:
-                return bad[0]
-            if all(code == 0 for code in codes):
-                return None
-            time.sleep(0.2)
-        except KeyboardInterrupt:
-            continue  # Ctrl-C reached the processes too: they save and end
+def blamed(codes: Sequence[int | None]) -> int | None:
+    """Which process failed first: those that only lost another one, or still stand, say less than one that broke."""
+    failed = [rank for rank, code in enumerate(codes) if code]
+    return min(failed, key=lambda rank: (codes[rank] == Lost.exit_code, rank)) if failed else None
 
 
-def end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends whatever still runs."""
+def end(ranks: Sequence[Rank]) -> None:
+    """Ends whatever still runs; what is stopped hears of it only when it is killed."""
     for rank in ranks:
-        if rank.poll() is None:
-            rank.terminate()
+        if rank.code() is None:
+            rank.process.terminate()
     deadline = time.monotonic() + GRACE
     for rank in ranks:
         try:
-            rank.wait(max(0.0, deadline - time.monotonic()))
+            rank.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            rank.kill()
-            rank.wait()
+            rank.process.kill()
+            rank.process.wait()
 
 
 def port() -> int:

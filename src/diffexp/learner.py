@@ -1,20 +1,42 @@
-"""The optimiser: accumulates gradients, sums them over processes, clips them, refuses numbers that went bad."""
+"""The optimiser: accumulates gradients, sums them over processes, clips them, and lets no bad number through."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffexp.errors import UserError
+from diffexp.memory import MicroBatch
 from diffexp.parallel import ALONE, Ranks
+from diffexp.samples import Fault, Samples, faults
+
+Figures = dict[str, float]
+
+
+class Share(NamedTuple):
+    """What some samples add to the loss, with its graph; to other ``figures``; and what their loss was computed from.
+
+    ``stages`` are tensors (B, …), in the order of ``diffexp.samples.STAGES``: they tell where a sample went bad.
+    """
+
+    loss: Tensor
+    figures: Mapping[str, Tensor] = {}
+    stages: Mapping[str, Tensor] = {}
+
+
+Losses = Callable[[list[int], int], Iterator[Share]]
+"""(rows, count) → the shares of these rows of this process, as parts of a mean over ``count`` samples."""
 
 
 class Learner:
     """AdamW over a LoRA's named parameters. ``max_grad_norm`` bounds the gradient's Euclidean norm.
 
-    Each of the ``ranks`` adds its samples' share of the gradient; all of them take the same step.
+    Each of the ``ranks`` adds its samples' share of the gradient; all of them take the same step. ``batch`` bounds how
+    many samples go through one backward pass. ``max_dropped`` is the share of samples that may go bad.
     """
 
     def __init__(
@@ -26,34 +48,100 @@ class Learner:
         eps: float = 1e-8,
         max_grad_norm: float = 1.0,
         ranks: Ranks = ALONE,
+        batch: MicroBatch | None = None,
+        max_dropped: float = 0.1,
     ) -> None:
         self.parameters = dict(parameters)
         self.max_grad_norm, self.ranks = max_grad_norm, ranks
+        self.batch, self.max_dropped = batch or MicroBatch(4, "update.batch"), max_dropped
+        # an attempt that is done over takes back what it added to the journals since the update began: their marks
+        self.journals: list[list[Any]] = []
+        self.marks: list[int] = []
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=eps
         )
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of one micro-batch's share of the loss."""
-        loss.backward()
+    def samples(self, prompts: Sequence[str]) -> Samples:
+        """The samples of a new iteration, all of them still good."""
+        return Samples(prompts, self.ranks, self.max_dropped)
 
-    def step(self) -> float:
-        """Updates the parameters with what was accumulated; returns the gradient's norm before clipping.
+    def update(
+        self, samples: Samples, losses: Losses, part: Collection[int] | None = None, figures: Iterable[str] = ()
+    ) -> Figures:
+        """One optimiser step on the mean loss over all samples, or ``part`` of them; all ranks call it together.
+
+        Samples with a loss or a gradient that is not finite are found and dropped, and the step is taken without them:
+        nothing of theirs reaches a parameter. With none of them, that costs nothing. Returns the loss, the shares'
+        ``figures`` by name, all summed, and the gradient's norm before clipping.
 
         Raises:
-            UserError: if the gradient is not finite. The parameters are then as they were.
+            UserError: if too many samples are bad, or only their sum is. Then no parameter is touched.
         """
-        self.ranks.sum(self.gradients())
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
-        if not torch.isfinite(torch.tensor(norm)):
+        names = ("loss", *figures)
+        self.marks = [len(journal) for journal in self.journals]
+        means = self.gradient(samples, losses, part, names)
+        if not finite(means):
+            samples.drop(self.faults(samples.rows(part), samples.count(part), losses))
+            means = self.gradient(samples, losses, part, names)
+        if not finite(means):
             self.optimizer.zero_grad()
             raise UserError(
-                "the gradient is not finite, so no update was made: lower optimizer.learning_rate, or use "
-                "model.precision = 'bf16' or 'fp32' instead of 'fp16'"
+                "the gradient is not finite, though every sample's own is, so no update was made: lower "
+                "optimizer.learning_rate, or take model.precision = 'bf16' or 'fp32' instead of 'fp16'"
             )
-        self.optimizer.step()
+        if samples.count(part):
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return means
+
+    def gradient(self, samples: Samples, losses: Losses, part: Collection[int] | None, names: Iterable[str]) -> Figures:
+        """Leaves all ranks' gradient, clipped, in the parameters; returns figures and norm, which may not be finite."""
+        means = self.ranks.total(self.accumulate(samples.rows(part), samples.count(part), losses, names))
+        self.ranks.sum(self.gradients())
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        return {**means, "grad_norm": float(norm)}
+
+    def accumulate(
+        self,
+        rows: list[int],
+        count: int,
+        losses: Losses,
+        names: Iterable[str] = ("loss",),
+        see: Callable[[Share], None] = lambda share: None,
+    ) -> Figures:
+        """This rank's gradient and figures, from scratch, in as many rows at once as fit into memory."""
+
+        def attempt(size: int) -> Figures:
+            self.optimizer.zero_grad()
+            for journal, mark in zip(self.journals, self.marks, strict=True):
+                del journal[mark:]
+            totals = dict.fromkeys(names, 0.0)
+            for start in range(0, len(rows), size):
+                for share in losses(rows[start : start + size], count):
+                    share.loss.backward()
+                    for name, figure in {"loss": share.loss, **share.figures}.items():
+                        totals[name] = totals.get(name, 0.0) + figure.item()
+                    see(share)
+            return totals
+
+        return self.batch.fit(attempt)
+
+    def faults(self, rows: list[int], count: int, losses: Losses) -> dict[int, Fault]:
+        """Which of this rank's rows are bad, and how, by bisection."""
+        fault = self.fault(rows, count, losses)
+        if not fault or len(rows) == 1:
+            return dict.fromkeys(rows, fault) if fault else {}
+        half = len(rows) // 2
+        return self.faults(rows[:half], count, losses) | self.faults(rows[half:], count, losses)
+
+    def fault(self, rows: list[int], count: int, losses: Losses) -> Fault | None:
+        """The first bad number that these rows lead to, if any."""
+        found: list[Fault] = []
+        figures = self.accumulate(rows, count, losses, see=lambda share: found.extend(faults(**share.stages).values()))
+        norm = float(nn.utils.get_total_norm(self.gradients()))
+        numbers = [("loss", value) for value in figures.values()] + [("gradient", norm)]
+        found += [Fault(stage, value) for stage, value in numbers if not math.isfinite(value)]
+        return found[0] if found else None
 
     def gradients(self) -> list[Tensor]:
         """Every parameter's gradient, zeros where this process had nothing to add."""
@@ -78,3 +166,8 @@ class Learner:
             # AdamW keeps its step counter on the CPU
             value = tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
             self.optimizer.state[parameter][key] = value
+
+
+def finite(figures: Figures) -> bool:
+    """Whether all of them are numbers to go on with."""
+    return all(math.isfinite(value) for value in figures.values())

@@ -7,7 +7,8 @@ that the number of ranks changes no image. Rewards are gathered once an iteratio
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=10)
+from diffexp.errors import Lost
+from diffexp.heartbeat import Heartbeat
+from diffexp.patience import patience
+
+MEETING = timedelta(minutes=10)  # for all ranks to start
+WORK = timedelta(hours=2)  # from one message to the next: long, because the heartbeat tells a dead rank from a slow one
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: str = "cpu"  # where messages are kept: NCCL takes none from the CPU
+    heartbeat: Heartbeat | None = None
 
     @property
     def main(self) -> bool:
@@ -62,7 +69,7 @@ class Ranks:
         if self.size == 1 or not parts:
             return
         flat = torch.cat([part.flatten().double() for part in parts])
-        dist.all_reduce(flat)
+        self.send(lambda: dist.all_reduce(flat))
         for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(summed.view_as(part))
 
@@ -79,7 +86,40 @@ class Ranks:
     def wait(self) -> None:
         """Returns when every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            self.send(dist.barrier)
+
+    def send(self, message: Callable[[], object]) -> None:
+        """Exchanges a message with all ranks.
+
+        Raises:
+            Lost: if one of them is gone; it says which, and what its last error was, as far as that is known.
+        """
+        try:
+            message()
+        except RuntimeError as error:
+            raise Lost(self.heartbeat.reason() if self.heartbeat else "another process of the run is gone") from error
+
+    @contextmanager
+    def together(self, rescue: Callable[[], None]) -> Iterator[None]:
+        """A block that all ranks go through, and leave together. An error on one of them ends it on all.
+
+        ``rescue`` is called before this process ends because of an error, its own or another's; perhaps on a thread.
+        """
+        if self.heartbeat:
+            self.heartbeat.rescue = rescue
+        try:
+            yield
+            self.wait()
+        except BaseException as error:
+            self.leave(error)
+            rescue()
+            raise
+        self.leave()
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Ends the watch over the other ranks, and tells them of an error."""
+        if self.heartbeat:
+            self.heartbeat.leave(error)
 
 
 ALONE = Ranks()
@@ -90,5 +130,8 @@ def join(device: torch.device) -> Ranks:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    return Ranks(dist.get_rank(), dist.get_world_size(), str(device))
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
+    rank, size, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
+    return Ranks(rank, size, str(device), Heartbeat(store, rank, size, patience()))

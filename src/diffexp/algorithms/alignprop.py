@@ -7,14 +7,15 @@ Differentiable Rewards", ICLR 2024 (DRaFT-K: fixed truncation; DRaFT-LV: K = 1 w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffexp.algorithms.base import Metrics, Scorer, reward_metrics
-from diffexp.learner import Learner
+from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.learner import Learner, Share
 from diffexp.randomness import generator, randn
 from diffexp.rollout import Batch, Sampler
 
@@ -28,8 +29,7 @@ class AlignProp:
     ``truncation`` "random" draws K ~ U{1 … last_steps} once an iteration; "fixed" is K = ``last_steps`` (DRaFT-K);
     "each-step" is what AlignProp's own code did: step i of T keeps its gradient with probability (i + 1) / (T + 1),
     drawn anew at every step, so that K bounds neither memory nor compute. ``copies`` > 1 is DRaFT-LV: the last step is
-    repeated from x_0 noised anew, and each copy is one more reward query. Gradients accumulate over pieces of
-    ``update_batch`` samples; that bounds memory and changes nothing else.
+    repeated from x_0 noised anew, and each copy is one more reward query.
     """
 
     sampler: Sampler
@@ -38,23 +38,27 @@ class AlignProp:
     truncation: Truncation = "random"
     last_steps: int = 1
     copies: int = 1
-    update_batch: int = 4
 
-    def step(self, batch: Batch) -> Metrics:
+    def step(self, batch: Batch) -> Outcome:
         """One iteration: sample with a graph over the last steps, score, backpropagate, update."""
-        learn = self.learned_steps(batch)
-        ranks, count, queries = self.learner.ranks, len(batch.prompts), len(batch.prompts) * self.copies
-        rewards: list[Tensor] = []
-        for piece in map(self.sampler.refreshed, batch.select(ranks.share(count)).chunks(self.update_batch)):
+        learn, samples = self.learned_steps(batch), self.learner.samples(batch.prompts)
+        mine = batch.select(samples.own)
+        own = torch.full((len(mine.prompts), self.copies), torch.nan, device=self.sampler.model.device)
+
+        def losses(rows: list[int], count: int) -> Iterator[Share]:
+            piece = self.sampler.refreshed(mine.select(rows))
             latents = self.sampler.denoise(piece, learn)[0][-1]
-            scored: list[Tensor] = []
-            for x_0 in [latents, *self.renoised(piece, latents.detach())]:
-                reward = self.reward(self.sampler.model.decode(x_0), piece.prompts)
-                self.learner.backward(-reward.sum() / queries)
-                scored.append(reward.detach())
-            rewards.append(torch.stack(scored, dim=1))
-        metrics = reward_metrics(ranks.gather(torch.cat(rewards), count), queries)
-        return {**metrics, "backprop_steps": float(sum(learn)), "grad_norm": self.learner.step()}
+            for copy, x_0 in enumerate([latents, *self.renoised(piece, latents.detach())]):
+                images = self.sampler.model.decode(x_0)
+                reward = self.reward(images, piece.prompts)
+                own[rows, copy] = reward.detach().float()
+                stages = {"latent": x_0, "image": images, "reward": reward}
+                yield Share(-reward.sum() / (count * self.copies), stages=stages)
+
+        update = self.learner.update(samples, losses)
+        rewards = samples.gather(own)
+        metrics = reward_metrics(rewards, queries=rewards.numel())
+        return Outcome({**metrics, "backprop_steps": float(sum(learn)), **update}, rewards.mean(1), samples.dropped)
 
     def learned_steps(self, batch: Batch) -> list[bool]:
         """For each step, whether a gradient reaches the network there."""

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
+from jaxtyping import Float
 from torch import Tensor
 
 from diffexp.rollout import Batch
+from diffexp.samples import Fault
 
 Metrics = dict[str, float]
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # (images (B, 3, H, W) in [0, 1], prompts) → rewards (B,)
 
 
+class Outcome(NamedTuple):
+    """What an iteration came to: its figures, every sample's reward, and the samples that were dropped.
+
+    ``metrics`` has ``queries``, ``reward_mean``, ``reward_std``, ``reward_max`` and the algorithm's own. ``rewards``
+    are the means over a sample's copies where it has several, and NaN where it was dropped before it had one.
+    """
+
+    metrics: Metrics
+    rewards: Float[Tensor, " B"]
+    dropped: Mapping[int, Fault]
+
+
 class Algorithm(Protocol):
     """Improves the model's LoRA with one batch of online samples at a time."""
 
-    def step(self, batch: Batch) -> Metrics:
-        """One iteration; returns ``queries``, ``reward_mean``, ``reward_std`` and the algorithm's own figures."""
+    def step(self, batch: Batch) -> Outcome:
+        """One iteration; a sample whose numbers go bad is left out of it."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must remember besides parameters and optimiser, as JSON."""
+        """What a checkpoint must remember besides parameters and optimiser, as JSON: nothing, unless overridden."""
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what ``state`` returned."""
 
 
 def reward_metrics(rewards: Tensor, queries: int) -> Metrics:
-    """The figures that every algorithm reports: mean, spread and best of the rewards, and how many were asked for."""
+    """What every algorithm reports: mean, spread and best of the rewards that are numbers, and how many were due."""
+    rewards = rewards[rewards.isfinite()]
     return {
         "queries": queries,
         "reward_mean": float(rewards.mean()),

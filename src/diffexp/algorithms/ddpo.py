@@ -6,8 +6,9 @@ importance-sampling form (DDPO_IS). The gradient is Eq. 6 of the DiffExp paper.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
-from diffexp.algorithms.base import Metrics, Scorer, reward_metrics
-from diffexp.diffusion import Transition
-from diffexp.learner import Learner
+from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.learner import Learner, Share
+from diffexp.memory import MicroBatch
 from diffexp.randomness import generator
 from diffexp.rollout import Batch, Sampler, Trajectory
-from diffexp.text import TextEmbedding
+from diffexp.samples import faults
 
 
 def clipped_policy_loss(
@@ -39,7 +40,7 @@ class DDPO:
     """Samples a batch without gradients, scores it, and takes optimiser steps on the recorded transitions.
 
     ``clip`` is ξ above, ``advantage_clip`` bounds |A|. Each of ``inner_epochs`` passes over the batch takes
-    ``minibatches`` optimiser steps. ``rollout_batch`` and ``update_batch`` bound memory and change nothing else.
+    ``minibatches`` optimiser steps. ``rollout_batch`` bounds memory and changes nothing else.
     ``min_timestep`` leaves the steps at t below it out of the loss (0: none; ours, not the paper's). ``kl`` > 0 adds
     that many times KL(p_θ ‖ p_base) of every transition: DPOK (Fan et al. 2023), at the cost of one more forward pass.
     """
@@ -54,45 +55,41 @@ class DDPO:
     advantages: PromptAdvantages | None = None
     min_timestep: int = 0
     kl: float = 0.0
-    rollout_batch: int = 8
-    update_batch: int = 8
+    rollout_batch: MicroBatch = field(default_factory=lambda: MicroBatch(8, "rollout.batch"))
 
-    def step(self, batch: Batch) -> Metrics:
+    def step(self, batch: Batch) -> Outcome:
         """One iteration: rollout, reward, update. Costs one reward query a sample."""
-        count = len(batch.prompts)
-        own = self.learner.ranks.share(count)
-        mine = batch.select(own)
-        trajectory = self.sampler.rollout(mine, self.rollout_batch)
-        rewards = self.learner.ranks.gather(self.reward(trajectory.images, mine.prompts), count)
-        advantages = self.advantage(batch, rewards)[own]
-        metrics = reward_metrics(rewards, queries=count)
-        updates = []
-        for epoch in range(self.inner_epochs):
-            for part in self.split(batch, epoch):
-                rows = [row for row, sample in enumerate(own) if sample in part]
-                updates.append(self.update(trajectory, advantages, rows, len(part)))
-        for key in updates[0]:
-            metrics[key] = sum(update[key] for update in updates) / len(updates)
-        return metrics
+        samples = self.learner.samples(batch.prompts)
+        mine = batch.select(samples.own)
+        trajectory = self.rollout_batch.fit(partial(self.sampler.rollout, mine))
+        own = self.reward(trajectory.images, mine.prompts)
+        samples.drop(faults(latent=trajectory.latents[-1], image=trajectory.images, reward=own))
+        rewards = samples.gather(own)
+        advantages = self.advantage(batch.prompts, rewards)[samples.own]
+        losses = partial(self.losses, trajectory, advantages)
+        names = ("ratio_deviation", "clip_fraction", "approx_kl", *["kl_to_base"] * bool(self.kl))
+        updates = [
+            self.learner.update(samples, losses, part, names)
+            for epoch in range(self.inner_epochs)
+            for part in self.split(batch, epoch)
+        ]
+        means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+        metrics = reward_metrics(rewards, queries=len(batch.prompts))
+        return Outcome({**metrics, **means}, rewards, samples.dropped)
 
-    def advantage(self, batch: Batch, rewards: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """Normalised rewards, within ±``advantage_clip``."""
-        raw = self.advantages(batch.prompts, rewards) if self.advantages else batch_advantages(rewards)
-        return raw.clamp(-self.advantage_clip, self.advantage_clip)
+    def advantage(self, prompts: Sequence[str], rewards: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Normalised rewards, within ±``advantage_clip``; 0 for samples without a reward, which count for nothing."""
+        sound, advantages = rewards.isfinite(), torch.zeros_like(rewards)
+        known = [prompts[sample] for sample in sound.nonzero().flatten().tolist()]
+        raw = self.advantages(known, rewards[sound]) if self.advantages else batch_advantages(rewards[sound])
+        advantages[sound] = raw.clamp(-self.advantage_clip, self.advantage_clip)
+        return advantages
 
     def split(self, batch: Batch, epoch: int) -> list[list[int]]:
         """The samples in ``minibatches`` random parts."""
         shuffle = generator(*batch.keys[0], "minibatches", epoch)
         order = torch.randperm(len(batch.prompts), generator=shuffle)
         return [sorted(part.tolist()) for part in order.tensor_split(self.minibatches) if len(part)]
-
-    def divergence(
-        self, step: Transition, x_t: Tensor, i: int, prompts: Sequence[str], text: TextEmbedding, w: float
-    ) -> Tensor:
-        """KL of a transition to the one that the untouched model would make, (B,)."""
-        with torch.no_grad(), self.sampler.model.base():
-            base = self.sampler.transition(x_t, i, self.sampler.current(prompts, text), w)
-        return step.kl(base)
 
     def learned_steps(self) -> list[int]:
         """The steps that the loss looks at: all that have a density."""
@@ -103,24 +100,16 @@ class DDPO:
             if t >= self.min_timestep and schedule.std(i, self.sampler.eta) > 0
         ]
 
-    def update(self, trajectory: Trajectory, advantages: Tensor, rows: list[int], count: int) -> Metrics:
-        """One optimiser step on the transitions of ``count`` samples, of which ``rows`` are this process's.
+    def losses(self, trajectory: Trajectory, advantages: Tensor, rows: list[int], count: int) -> Iterator[Share]:
+        """What each transition of this process's ``rows`` adds to a mean over the transitions of ``count`` samples.
 
         Gradients flow through both halves of the guidance.
         """
         steps = self.learned_steps()
-        means = dict.fromkeys(("loss", "ratio_deviation", "clip_fraction", "approx_kl", "kl_to_base"), 0.0)
-        for start in range(0, len(rows), self.update_batch):
-            micro = rows[start : start + self.update_batch]
-            for i in steps:
-                figures = self.figures(trajectory, i, micro, advantages[micro])
-                shares = {key: figure.sum() / (count * len(steps)) for key, figure in figures.items()}
-                self.learner.backward(shares["loss"])
-                for key, share in shares.items():
-                    means[key] += share.item()
-        if not self.kl:
-            del means["kl_to_base"]
-        return {**self.learner.ranks.total(means), "grad_norm": self.learner.step()}
+        for i in steps:
+            figures = self.figures(trajectory, i, rows, advantages[rows])
+            shares = {name: figure.sum() / (count * len(steps)) for name, figure in figures.items()}
+            yield Share(shares.pop("loss"), shares)
 
     def figures(self, trajectory: Trajectory, i: int, rows: list[int], advantage: Tensor) -> dict[str, Tensor]:
         """The loss of step i for some samples, with a graph, and what tells how far the policy has moved: each (B,)."""
@@ -138,7 +127,7 @@ class DDPO:
             "approx_kl": drift.square() / 2,
         }
         if self.kl:
-            kl = self.divergence(step, x_t, i, prompts, text, w)
+            kl = step.kl(self.sampler.base_transition(x_t, i, prompts, text, w))
             figures |= {"loss": loss + self.kl * kl, "kl_to_base": kl.detach()}
         return figures
 

@@ -6,14 +6,15 @@ Generation", NeurIPS 2023, Algorithm 1; without its pre-training loss, which nee
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from diffexp.algorithms.base import Metrics, Scorer, reward_metrics
+from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
 from diffexp.diffusion import denoised
-from diffexp.learner import Learner
+from diffexp.learner import Learner, Share
 from diffexp.randomness import generator
 from diffexp.rollout import Batch, Sampler
 
@@ -22,30 +23,36 @@ from diffexp.rollout import Batch, Sampler
 class ReFL:
     """Denoises to one step of the last ``last_steps``, drawn once an iteration, and scores x̂_0 as predicted there.
 
-    The gradient passes the decoder and a single network call. ``update_batch`` bounds memory and changes nothing else.
+    The gradient passes the decoder and a single network call.
     """
 
     sampler: Sampler
     learner: Learner
     reward: Scorer
     last_steps: int = 10
-    update_batch: int = 4
 
-    def step(self, batch: Batch) -> Metrics:
+    def step(self, batch: Batch) -> Outcome:
         """One iteration; costs one reward query a sample."""
-        schedule, ranks, count, rewards = self.sampler.schedule, self.learner.ranks, len(batch.prompts), []
-        i = self.chosen_step(batch)
+        schedule, i, samples = self.sampler.schedule, self.chosen_step(batch), self.learner.samples(batch.prompts)
         w, t = self.sampler.scales(batch.guidance)[i], schedule.timesteps[i]
-        for piece in map(self.sampler.refreshed, batch.select(ranks.share(count)).chunks(self.update_batch)):
+        mine = batch.select(samples.own)
+        own = torch.full((len(mine.prompts),), torch.nan, device=self.sampler.model.device)
+
+        def losses(rows: list[int], count: int) -> Iterator[Share]:
+            piece = self.sampler.refreshed(mine.select(rows))
             with torch.no_grad():
                 x_t = self.sampler.denoise(piece, until=i)[0][-1]
             output = self.sampler.model.predict(x_t, t, piece.text, w)
             x_0, _ = denoised(schedule.prediction_type, schedule.alpha_bar[i], x_t, output)
-            reward = self.reward(self.sampler.model.decode(x_0), piece.prompts)
-            self.learner.backward(-reward.sum() / count)
-            rewards.append(reward.detach())
-        metrics = reward_metrics(ranks.gather(torch.cat(rewards), count), queries=count)
-        return {**metrics, "step": float(i), "grad_norm": self.learner.step()}
+            images = self.sampler.model.decode(x_0)
+            reward = self.reward(images, piece.prompts)
+            own[rows] = reward.detach().float()
+            yield Share(-reward.sum() / count, stages={"latent": x_0, "image": images, "reward": reward})
+
+        update = self.learner.update(samples, losses)
+        rewards = samples.gather(own)
+        metrics = reward_metrics(rewards, queries=len(rewards))
+        return Outcome({**metrics, "step": float(i), **update}, rewards, samples.dropped)
 
     def chosen_step(self, batch: Batch) -> int:
         """The index of the step that learns, uniform over the last ``last_steps``."""

@@ -6,17 +6,21 @@ arXiv:2302.12192; as the baseline RWR of Black et al. 2024, section 4.1, with it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffexp.algorithms.base import Metrics, Scorer, reward_metrics
-from diffexp.learner import Learner
+from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.learner import Learner, Share
+from diffexp.memory import MicroBatch
 from diffexp.randomness import generator, randn
 from diffexp.rollout import Batch, Sampler
+from diffexp.samples import faults
 
 
 def regression_weights(rewards: Float[Tensor, " B"], temperature: float) -> Float[Tensor, " B"]:
@@ -36,27 +40,29 @@ class RewardWeightedRegression:
     reward: Scorer
     temperature: float = 1.0
     draws: int = 4
-    rollout_batch: int = 8
-    update_batch: int = 8
+    rollout_batch: MicroBatch = field(default_factory=lambda: MicroBatch(8, "rollout.batch"))
 
-    def step(self, batch: Batch) -> Metrics:
+    def step(self, batch: Batch) -> Outcome:
         """One iteration: rollout, reward, one regression step. Costs one reward query a sample."""
-        ranks, count, loss = self.learner.ranks, len(batch.prompts), 0.0
-        own = ranks.share(count)
-        mine = batch.select(own)
-        trajectory = self.sampler.rollout(mine, self.rollout_batch)
-        rewards = ranks.gather(self.reward(trajectory.images, mine.prompts), count)
-        weights = regression_weights(rewards, self.temperature)[own]
-        for start in range(0, len(own), self.update_batch):
-            rows = range(start, min(start + self.update_batch, len(own)))
-            piece, x_0 = mine.select(rows), trajectory.latents[-1, list(rows)]
+        samples = self.learner.samples(batch.prompts)
+        mine = batch.select(samples.own)
+        trajectory = self.rollout_batch.fit(partial(self.sampler.rollout, mine))
+        own = self.reward(trajectory.images, mine.prompts)
+        samples.drop(faults(latent=trajectory.latents[-1], image=trajectory.images, reward=own))
+        rewards = samples.gather(own)
+        weights = torch.zeros_like(rewards)
+        weights[rewards.isfinite()] = regression_weights(rewards[rewards.isfinite()], self.temperature)
+        weights = weights[samples.own]
+
+        def losses(rows: list[int], count: int) -> Iterator[Share]:
+            piece, x_0 = mine.select(rows), trajectory.latents[-1, rows]
             for k in range(self.draws):
-                i = self.drawn_step(batch, k)
-                share = (weights[list(rows)] * self.errors(piece, x_0, i, k)).sum() / (count * self.draws)
-                self.learner.backward(share)
-                loss += share.item()
-        metrics = reward_metrics(rewards, queries=count)
-        return {**metrics, **ranks.total({"loss": loss}), "grad_norm": self.learner.step()}
+                errors = self.errors(piece, x_0, self.drawn_step(batch, k), k)
+                yield Share((weights[rows] * errors).sum() / (count * self.draws))
+
+        update = self.learner.update(samples, losses)
+        metrics = reward_metrics(rewards, queries=len(rewards))
+        return Outcome({**metrics, **update}, rewards, samples.dropped)
 
     def errors(self, piece: Batch, x_0: Tensor, i: int, k: int) -> Float[Tensor, " B"]:
         """Each sample's denoising error at step i, with fresh noise."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffexp.errors import UserError
-from diffexp.rewards.base import Reward, score
+from diffexp.rewards.base import Reward, score_or_nan
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Statistics:
 
     @classmethod
     def of(cls, scores: Tensor) -> Statistics:
-        """The statistics of scores (B,)."""
-        values = scores.detach().double().cpu()
+        """The statistics of those of the scores (B,) that are finite."""
+        values = scores.detach().cpu().double()  # in this order: MPS has no float64
+        values = values[values.isfinite()]
         if not len(values):
             return cls()
         mean = values.mean()
@@ -75,18 +76,19 @@ class Ensemble:
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.statistics = {name: Statistics() for name in names}
         self.frozen = False
-        self._observed: list[Tensor] | None = None
+        self.observed: list[Tensor] = []  # the members' scores (B, R) inside an ``observing`` block
+        self._observing = False
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] and B prompts to scores (B,)."""
         scores = self.scores(images, prompts)
-        if self._observed is not None:
-            self._observed.append(scores.detach())
+        if self._observing:
+            self.observed.append(scores.detach())
         return self.combine(scores)
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Every member's own scores, (B, R), in the members' order."""
-        return torch.stack([score(reward, images, prompts) for reward in self.rewards], dim=1)
+        """Every member's own scores, (B, R), in the members' order; not finite where a member's is not."""
+        return torch.stack([score_or_nan(reward, images, prompts) for reward in self.rewards], dim=1)
 
     def combine(self, scores: Tensor) -> Tensor:
         """The members' scores (B, R) to the ensemble's (B,), by the statistics as they are."""
@@ -97,9 +99,13 @@ class Ensemble:
         return total / sum(abs(weight) for weight in self.weights)
 
     def observe(self, scores: Tensor) -> None:
-        """Move the statistics by the members' scores (B, R), unless they are frozen."""
+        """Move the statistics by the members' scores (B, R), unless they are frozen.
+
+        An image that one member can't score counts for none: it takes no part in training.
+        """
         if self.frozen:
             return
+        scores = scores[scores.isfinite().all(1)]
         for column, name in zip(scores.T, self.statistics, strict=True):
             self.statistics[name] = self.statistics[name].merge(Statistics.of(column))
 
@@ -115,14 +121,14 @@ class Ensemble:
 
         ``everyones`` turns this process's scores (n, R) into those of all processes, where there are several.
         """
-        self._observed = []
+        self._observing = True
         try:
             yield
-            observed = self._observed
+            if self.observed:
+                self.observe(everyones(torch.cat(self.observed)))
         finally:
-            self._observed = None
-        if observed:
-            self.observe(everyones(torch.cat(observed)))
+            self._observing = False
+            self.observed.clear()
 
     def freeze(self) -> None:
         """Keep the statistics as they are from now on."""

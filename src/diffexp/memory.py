@@ -1,0 +1,68 @@
+"""Out of memory: fewer images at once, and the run goes on with the same result."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from diffexp.errors import UserError
+from diffexp.parallel import Ranks
+
+T = TypeVar("T")
+
+SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
+"""What CUDA and MPS, the CPU's allocator, and cuBLAS and cuDNN say."""
+
+
+class MicroBatch:
+    """How many images go through the model at once. No result depends on it, so it halves when memory runs out.
+
+    ``setting`` is what the user calls it. It stays halved: what did not fit once would not fit the next time either.
+    """
+
+    def __init__(self, size: int, setting: str = "batch") -> None:
+        self.size, self.setting = size, setting
+        self.told = size  # what the user knows
+
+    def fit(self, work: Callable[[int], T]) -> T:
+        """``work(size)``, from its start again with half the size whenever memory runs out.
+
+        Raises:
+            UserError: if not even one image fits.
+        """
+        while True:
+            try:
+                return work(self.size)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                if self.size == 1:
+                    raise UserError(
+                        f"out of memory with {self.setting} = 1 ({str(error).splitlines()[0]}): set "
+                        "update.checkpoint = ['unet', 'decoder'], take model.precision = 'bf16', or lower "
+                        "sampler.size"
+                    ) from None
+            # only out here has the failed attempt's traceback let go of its tensors
+            self.size //= 2
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out, on whatever device."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(sign in str(error).lower() for sign in SIGNS)
+
+
+def agree(batches: Sequence[MicroBatch], ranks: Ranks) -> Iterator[str]:
+    """Gives all ranks the smallest size that any of them found to fit; says what has changed since the last time."""
+    own = torch.tensor([[batch.size for batch in batches]], dtype=torch.float64, device=ranks.device)
+    for batch, size in zip(batches, ranks.concatenate(own).amin(0).tolist(), strict=True):
+        batch.size = int(size)
+        if batch.size < batch.told:
+            yield f"out of memory: {batch.setting} = {batch.told} is now {batch.size}; the result is the same"
+        batch.told = batch.size

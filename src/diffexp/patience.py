@@ -1,0 +1,25 @@
+"""How long processes of one run wait for a sign of life from each other."""
+
+from __future__ import annotations
+
+import os
+
+from diffexp.errors import UserError
+
+VARIABLE, DEFAULT = "DIFFEXP_PATIENCE", 20.0
+
+
+def patience() -> float:
+    """Seconds of silence after which a process counts as lost: DIFFEXP_PATIENCE, else 20.
+
+    Raises:
+        UserError: if the variable holds no positive number.
+    """
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text or DEFAULT)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{VARIABLE} = {text!r}: give the seconds that processes wait for each other, such as 20")
+    return seconds

@@ -1,0 +1,81 @@
+"""A process that dies, fails or stands still ends all of them, and is named; a slow one is waited for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffexp import launch
+from diffexp.errors import UserError
+from diffexp.patience import VARIABLE, patience
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from diffexp.errors import Lost
+from diffexp.parallel import join
+
+what, folder = sys.argv[1], Path(sys.argv[2])
+ranks = join(torch.device("cpu"))
+try:
+    with ranks.together((folder / str(ranks.rank)).touch):
+        if what == "slow":
+            time.sleep(9 if ranks.rank == 1 else 0)  # three times the patience
+            ranks.wait()
+        if what.endswith(str(ranks.rank)):
+            if what.startswith("raise"):
+                raise ValueError("no such luck")
+            os.kill(os.getpid(), signal.SIGKILL if what.startswith("kill") else signal.SIGSTOP)
+        ranks.wait()
+except Lost as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(Lost.exit_code)
+"""
+
+
+def run(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that meet, do ``what``, and meet again, launched with a patience of three seconds."""
+    (folder / "rank.py").write_text(RANK)
+    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, str(folder / "rank.py")))
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    monkeypatch.setenv(VARIABLE, "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch.launch(2, [what, str(folder)])
+
+
+def test_a_slow_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("slow", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("stop 1", "^process 1 of 2 has given no sign of life for 3 s"),
+        ("stop 0", "^process 0 of 2 has given no sign of life for 3 s"),  # it holds the store that all talk through
+        ("kill 1", r"^process 1 of 2 failed \(signal 9\); the others were ended"),
+        ("raise 1", r"^process 1 of 2 failed \(exit code 1: ValueError: no such luck\); the others were ended"),
+    ],
+)
+def test_a_lost_process_ends_the_others(
+    what: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(what, tmp_path, monkeypatch)
+    survivor = 1 - int(what[-1])
+    assert (tmp_path / str(survivor)).exists(), "who is left saves before it ends"
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "inf"])
+def test_patience_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(UserError, match=f"{VARIABLE} = '{text}'"):
+        patience()
+
+
+def test_who_broke_is_blamed_before_who_lost_it() -> None:
+    assert launch.blamed([75, None, -9]) == 2
+    assert launch.blamed([75, None]) == 0
+    assert launch.blamed([0, 0]) is None
