@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import inspect
+import json
 import math
+from importlib.resources import files
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -11,7 +15,7 @@ from tiny import SCHEDULER, write_pipeline
 from diffexp import models
 from diffexp.diffusion import Transition, ddim
 from diffexp.errors import UserError
-from diffexp.models.schedulers import ddim_scheduler
+from diffexp.models.schedulers import SCHEDULERS, ddim_scheduler, noise_schedule
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -52,10 +56,97 @@ def test_every_step_of_stable_diffusion_has_noise_at_eta_1(sd_folder: Path) -> N
     assert all(schedule.std(i, 1.0) > 0 for i in range(20))
 
 
-@pytest.mark.parametrize("key", ["clip_sample", "thresholding", "rescale_betas_zero_snr"])
-def test_schedulers_that_change_the_transition_are_refused_by_name(key: str) -> None:
-    with pytest.raises(UserError, match=key):
-        ddim_scheduler({**SCHEDULER, key: True})
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [10, 30])
+def test_every_spacing_steps_to_where_the_next_step_begins(spacing: str, steps: int) -> None:
+    schedule = noise_schedule(ddim_scheduler({**SCHEDULER, "timestep_spacing": spacing}), steps)
+    reference = DDIMScheduler(**SCHEDULER, timestep_spacing=spacing)
+    reference.set_timesteps(steps)
+    assert schedule.timesteps == tuple(reference.timesteps.tolist())
+    alphas = reference.alphas_cumprod.double()
+    assert schedule.alpha_bar_prev[:-1] == tuple(float(alphas[t]) for t in schedule.timesteps[1:])
+    assert schedule.alpha_bar_prev[-1] == pytest.approx(float(alphas[0])), "the last step must not end at ᾱ = 1"
+
+
+def test_zero_terminal_snr_with_v_prediction_is_diffusers() -> None:
+    """At t = 999 there is no signal at all; "trailing" starts there."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    schedule = noise_schedule(ddim_scheduler({**SCHEDULER, **config}), 5)
+    reference = DDIMScheduler(**SCHEDULER, **config)
+    reference.set_timesteps(5)
+    assert (schedule.timesteps[0], schedule.alpha_bar[0]) == (999, 0.0)
+    random = torch.Generator().manual_seed(0)
+    x, output, noise = torch.randn(3, 2, 4, 8, 8, generator=random).unbind()
+    for i, t in enumerate(reference.timesteps):
+        step = ddim(schedule, i, x, output, 1.0)
+        expected = reference.step(output, t, x, eta=1.0, variance_noise=noise).prev_sample
+        torch.testing.assert_close(step.sample(noise), expected, rtol=1e-4, atol=5e-5)
+        assert step.log_prob(expected).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("clip_sample", True),
+        ("thresholding", True),
+        ("rescale_betas_zero_snr", True),  # with the prediction of noise, as SCHEDULER has it
+        ("use_flow_sigmas", True),
+        ("timestep_type", "continuous"),
+        ("variance_type", "learned_range"),
+        ("prediction_type", "flow_prediction"),
+        ("beta_schedule", "sigmoid"),
+        ("timestep_spacing", "sideways"),
+        ("_class_name", "FlowMatchEulerDiscreteScheduler"),
+    ],
+)
+def test_settings_that_change_the_transition_are_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=str(value) if key == "_class_name" else key):
+        ddim_scheduler({**SCHEDULER, key: value})
+
+
+SOLVERS = {
+    "use_karras_sigmas": True,
+    "use_exponential_sigmas": True,
+    "use_beta_sigmas": True,
+    "algorithm_type": "sde-dpmsolver++",
+    "solver_order": 3,
+    "final_sigmas_type": "sigma_min",
+    "interpolation_type": "log_linear",
+    "skip_prk_steps": True,
+    "euler_at_final": True,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in dir(diffusers) if name.endswith("Scheduler")])
+def test_every_scheduler_of_diffusers_is_taken_over_or_refused(name: str) -> None:
+    """Betas, prediction type and spacing are the model's; how a solver picks its steps is no matter of the model."""
+    kind = getattr(diffusers, name)
+    betas = {"beta_start": 0.0007, "beta_end": 0.015, "beta_schedule": "scaled_linear"}
+    config = {"_class_name": name, **betas, **SOLVERS, "clip_sample": False, "prediction_type": "v_prediction"}
+    if name not in SCHEDULERS:
+        with pytest.raises(UserError, match=f"scheduler is a {name}, which is not supported"):
+            ddim_scheduler(config)
+        return
+    ours = ddim_scheduler(config)
+    assert (ours.config.prediction_type, ours.config.clip_sample) == ("v_prediction", False)
+    if kind.__module__.startswith("diffusers.schedulers"):  # else a placeholder: it needs a package that is not here
+        known = inspect.signature(kind.__init__).parameters
+        theirs = kind(
+            **{key: value for key, value in config.items() if key in {*betas, "prediction_type"} & set(known)}
+        )
+        assert theirs.alphas_cumprod.tolist() == pytest.approx(ours.alphas_cumprod.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
+def test_the_originals_schedulers(kind: str) -> None:
+    """What PNDM, DDIM and Euler say of the same betas; the sampler's 50 steps are 981, 961 … 1 for all of them."""
+    file = files("diffexp.models") / "configs" / kind / "scheduler" / "scheduler_config.json"
+    schedule = noise_schedule(ddim_scheduler(json.loads(file.read_text())), 50)
+    assert schedule.timesteps == tuple(range(981, 0, -20))
+    assert schedule.prediction_type == ("v_prediction" if kind == "sd21" else "epsilon")
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert schedule.alpha_bar[0] == pytest.approx(float((1 - betas).cumprod(0)[981]), rel=1e-5)
+    assert all(schedule.std(i, 1.0) > 0 for i in range(50))
 
 
 def test_another_schedulers_config_keeps_its_betas_and_prediction_type(tmp_path: Path) -> None:

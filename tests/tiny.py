@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
@@ -59,19 +62,19 @@ def text_config(width: int) -> CLIPTextConfig:
 
 
 def unet(width: int, **more: object) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=width,
-        attention_head_dim=4,
-        **more,
-    )
+    common = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": width,
+        "attention_head_dim": 4,
+    }
+    return UNet2DConditionModel(**{**common, **more})
 
 
 def write_pipeline(folder: Path, xl: bool = False, **scheduler: object) -> Path:
@@ -122,3 +125,41 @@ def index(xl: bool) -> dict[str, object]:
         return {"_class_name": "StableDiffusionXLPipeline", **parts, **more}
     none = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     return {"_class_name": "StableDiffusionPipeline", **parts, **none}
+
+
+def write_original(folder: Path, kind: str) -> Path:
+    """A pipeline as the repositories of "sd15", "sd21" and "sdxl" have it: their schedulers and tensors' names."""
+    write_pipeline(folder, xl=kind == "sdxl")
+    originals = files("diffexp.models") / "configs" / kind
+    for name in ("scheduler/scheduler_config.json", "model_index.json"):
+        (folder / name).write_text((originals / name).read_text())
+    if kind == "sd21":  # v-prediction, linear projections, another number of heads in each block, another activation
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            unet(16, use_linear_projection=True, attention_head_dim=(2, 4)).save_pretrained(folder / "unet")
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
+    # older versions of transformers kept every text encoder below this name, and SD 1.5's file has a tensor more
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{key}": tensor for key, tensor in load_file(file).items()}
+    if kind == "sd15":
+        tensors["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def write_hub_cache(cache: Path, repo: str, folder: Path, commit: str, branch: str = "main") -> Path:
+    """Puts a folder into a cache as the hub's client lays it out; returns the snapshot."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        blob = root / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link = snapshot / file.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    (root / "refs").mkdir()
+    (root / "refs" / branch).write_text(commit)
+    return snapshot

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,8 @@ from diffexp.errors import UserError
 from diffexp.evaluation import Evaluator
 from diffexp.exploration import Exploration, StepGuidance, WordWeighting
 from diffexp.learner import Learner
-from diffexp.models import TextToImage, lora
+from diffexp.lora_header import DIFFUSERS_FILE
+from diffexp.models import TextToImage, full, lora
 from diffexp.parallel import ALONE, Ranks
 from diffexp.rewards import features
 from diffexp.rewards.base import Reward
@@ -44,13 +46,41 @@ def device(name: str) -> torch.device:
 def model(recipe: Recipe) -> TextToImage:
     """The frozen model, without an adapter."""
     settings = recipe.model
-    where = str(device(recipe.device))
-    return models.load(settings.path, settings.precision, where, settings.revision, settings.variant)
+    where, whole = str(device(recipe.device)), settings.train == "unet"
+    return models.load(settings.path, settings.precision, where, settings.revision, settings.variant, whole)
 
 
-def add_lora(recipe: Recipe, to: TextToImage) -> None:
-    """The adapter that the recipe trains. It changes nothing yet."""
-    lora.add(to, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
+def make_trainable(recipe: Recipe, of: TextToImage) -> None:
+    """What the recipe trains: an adapter that changes nothing yet, one that goes on, or the whole network."""
+    settings = recipe.lora
+    text_targets = lora.TEXT_ATTENTION if settings.text_encoders else ()
+    more = {"text_targets": text_targets, "seed": recipe.seed, "init": settings.init}
+    if recipe.model.train == "unet":
+        full.unfreeze(of)
+    elif settings.start:
+        lora.start(of, Path(settings.start), settings.rank, settings.alpha, settings.targets, **more)
+    else:
+        lora.add(of, settings.rank or 4, settings.alpha, settings.targets or lora.ATTENTION, **more)
+
+
+def save_trained(recipe: Recipe, of: TextToImage, run: Path, metadata: Mapping[str, str]) -> None:
+    """Writes what was trained into a run's folder: both LoRA files into ``lora``, or the network into ``unet``."""
+    if recipe.model.train == "unet":
+        full.save(of, run / "unet", metadata)
+    else:
+        lora.save(of, run / "lora", run.resolve().name, metadata)
+
+
+def load_trained(recipe: Recipe, into: TextToImage, run: Path) -> None:
+    """Takes up what ``save_trained`` wrote.
+
+    Raises:
+        UserError: if it is not there, or belongs to another model.
+    """
+    if recipe.model.train == "unet":
+        full.load(into, run / "unet")
+    else:
+        lora.load(into, run / "lora" / DIFFUSERS_FILE)
 
 
 def sampler(recipe: Recipe, of: TextToImage) -> Sampler:

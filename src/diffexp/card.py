@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffexp import figures
 from diffexp.config import Recipe
 from diffexp.errors import cut
-from diffexp.lora_header import without_paths
+from diffexp.lora_header import FOLDERS, LoraHeader, without_paths
 from diffexp.markdown import code, plain
 from diffexp.pictures import iterations, open_png
 from diffexp.rewards.spec import parse
@@ -38,14 +38,14 @@ LICENCES = {
 
 
 def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
-    """Writes ``lora/README.md`` and ``lora/images`` of a finished run, and returns the card's path.
+    """Writes ``README.md`` and ``images`` beside what a finished run has trained, and returns the card's path.
 
     ``source`` is where the base model came from, ``xl`` whether it is a Stable Diffusion XL. The card names files, but
     no folder of this machine: it is meant to be published.
     """
     from jinja2 import Environment, StrictUndefined
 
-    run, where = Run.read(folder), folder / "lora"
+    run, where = Run.read(folder), folder / recipe.model.train
     data = without_paths(recipe.model_dump(mode="json"))
     base = without_paths(source.name)
     widget = gallery(folder / "samples", where / "images")
@@ -56,9 +56,12 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     # Prompts and names may be a stranger's: in text they are plain, in the example they are Python's literals.
     environment.filters |= {"plain": plain, "code": code, "literal": partial(json.dumps, ensure_ascii=False)}
     text = environment.from_string(template).render(
-        front_matter=front_matter(source, recipe.algorithm.name, xl, widget),
+        front_matter=front_matter(source, recipe, xl, widget),
         name=run.name,
         base=base,
+        commit=source.commit,
+        whole=recipe.model.train == "unet",
+        adapter=adapter(where) if recipe.model.train == "lora" else None,
         reward=data["reward"],
         prompts=data["prompts"],
         widget=widget,
@@ -67,6 +70,8 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
         pipeline="StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         example=widget[0]["text"] if widget else "a cat",
         kohya=f"{run.name}.kohya.safetensors",
+        file=FOLDERS[recipe.model.train],
+        revision=f', revision="{source.commit}"' if source.commit else "",
         recipe=data,
         exploration=exploration(recipe),
         explores=run.explores,
@@ -77,18 +82,28 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     return card
 
 
-def front_matter(source: Source, algorithm: str, xl: bool, widget: list[dict[str, Any]]) -> str:
+def adapter(where: Path) -> str:
+    """Rank, alpha and what is adapted, as the LoRA file in that folder has it."""
+    file = where / FOLDERS["lora"]
+    if not file.is_file():
+        return "none"
+    header = LoraHeader.read(file)
+    return f"rank {header.rank}, alpha {header.alpha or header.rank}, on {' and '.join(header.adapted)}"
+
+
+def front_matter(source: Source, recipe: Recipe, xl: bool, widget: list[dict[str, Any]]) -> str:
     """The card's YAML, by which the hub files it. ``template:sd-lora`` is what makes it show the gallery."""
     from huggingface_hub import ModelCardData
 
     kind = "stable-diffusion-xl" if xl else "stable-diffusion"
-    common = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora"]
+    common = ["text-to-image", "diffusers", "diffusers-training"]
+    common += ["lora", "template:sd-lora"] if recipe.model.train == "lora" else []
     data = ModelCardData(
         base_model=source.name if source.commit else None,
         library_name="diffusers",
         license=LICENCES.get(source.name),
         pipeline_tag="text-to-image",
-        tags=[*common, kind, "reward-fine-tuning", algorithm, "diffexp"],
+        tags=[*common, kind, "reward-fine-tuning", recipe.algorithm.name, "diffexp"],
         widget=widget or None,
     )
     return data.to_yaml().strip()

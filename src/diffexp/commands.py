@@ -21,9 +21,8 @@ from diffexp.errors import UserError, printable, writing
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
-from diffexp.lora_header import DIFFUSERS_FILE, LoraHeader
+from diffexp.lora_header import LoraHeader
 from diffexp.lora_header import like as recipe_like
-from diffexp.models import lora
 from diffexp.prompts.files import clean
 from diffexp.records import CONFIG, grid, save_images, to_images
 from diffexp.rewards.base import score
@@ -54,7 +53,7 @@ def recipe_to_train(name: str | None, like: Path | None, overrides: Sequence[str
     for note in notes:
         say(f"warning: {note}")
     # in a run's folder the file is called as in every other's
-    stem = source.parent.parent.name if source.parent.name == "lora" else source.stem
+    stem = source.parent.parent.name if source.parent.name in ("lora", "unet") else source.stem
     return recipe, f"{stem}-again"
 
 
@@ -84,7 +83,7 @@ def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
         recipe = Recipe.parse(read_toml(config), str(config), changes)
         refuse_code(recipe, Path(target))
         model = assembly.model(recipe)
-        lora.load(model, Path(target) / "lora" / DIFFUSERS_FILE)
+        assembly.load_trained(recipe, model, Path(target))
     else:
         recipe = Recipe.parse({"model": {"path": target}}, target, changes)
         model = assembly.model(recipe)

@@ -53,15 +53,31 @@ class ModelSettings(Settings):
     """Such as "fp16": which weight files of the repository."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the frozen weights; the LoRA, latents and log-probabilities are always float32."""
+    train: Literal["lora", "unet"] = "lora"
+    """What learns: an adapter, or the whole denoising network, whose weights are then float32 (docs/models.md)."""
 
 
 class LoraSettings(Settings):
-    rank: Annotated[int, Field(ge=1, le=2048)] = 4
-    """The rank of both baselines' code."""
+    rank: Annotated[int, Field(ge=1, le=2048)] | None = None
+    """Default: 4, the rank of both baselines' code."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale: the adapter acts with alpha / rank. Default: the rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the network's layers that get an adapter."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Names of the network's layers that get an adapter. Default: attention, as in both baselines' code."""
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+    """How the adapter's first matrix begins: as in diffusers' scripts, or as in kohya's."""
+    text_encoders: bool = False
+    """Whether all text encoders get an adapter, too: in their attention."""
+    start: str | None = None
+    """A LoRA to go on from: a file of diffusers or kohya. Its rank, alpha and targets are taken over."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def defaults_without_a_start(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("start") is not None:
+            return data
+        defaults = {"rank": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+        return {**defaults, **{key: value for key, value in data.items() if value is not None}}
 
 
 class SamplerSettings(Settings):
@@ -292,6 +308,8 @@ class Recipe(Settings):
                 yield f"reward = {self.reward!r} has no gradient, which {algorithm.name} needs: take another, or ddpo"
         elif isinstance(algorithm, DDPOSettings) and self.sampler.eta == 0:
             yield "sampler.eta = 0 is deterministic, and ddpo needs a density: take eta = 1"
+        if self.model.train == "unet":
+            yield from self.problems_of_the_whole_network()
         if self.samples % self.rollout.images_per_prompt:
             yield (
                 f"samples = {self.samples} is no multiple of rollout.images_per_prompt = "
@@ -301,6 +319,19 @@ class Recipe(Settings):
             yield from complaint("evaluation.prompts", prompt_sets.check, name)
         for name in self.evaluation.rewards or ():
             yield from complaint("evaluation.rewards", rewards.check_name, name)
+
+    def problems_of_the_whole_network(self) -> Iterable[str]:
+        """What does not go together with fine-tuning the whole denoising network."""
+        if self.model.precision == "fp16":
+            yield "model.precision = 'fp16' can't train the whole network (model.train = 'unet'): take 'bf16' or 'fp32'"
+        if self.lora.start or self.lora.text_encoders:
+            given = "start" if self.lora.start else "text_encoders"
+            yield f"lora.{given} is set, but model.train = 'unet' trains no LoRA: leave one of them out"
+        if isinstance(self.algorithm, DDPOSettings) and self.algorithm.kl:
+            yield (
+                f"algorithm.kl = {self.algorithm.kl} needs the untouched network, which model.train = 'unet' changes: "
+                "set it to 0, or train a LoRA"
+            )
 
     @classmethod
     def load(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

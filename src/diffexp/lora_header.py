@@ -1,4 +1,4 @@
-"""What a LoRA file says about itself, and the recipe that made it. Needs no torch.
+"""What a LoRA file, or a fine-tuned network, says about itself, and the recipe that made it. Needs no torch.
 
 A header is a stranger's text. Nothing in it is run: a reward of one's own, which is code, is left out of the recipe.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from diffexp.config import Recipe
 from diffexp.errors import UserError, one_line, printable
 from diffexp.rewards import available
+from diffexp.rewards.checksum import checksum
 from diffexp.rewards.spec import parse
 from diffexp.toml import check_depth, toml_lines
 
@@ -23,9 +24,25 @@ UNET_FILE = "diffusion_pytorch_model.safetensors"
 LONGEST_HEADER = 10_000_000
 """Bytes; those of LoRA files have some 100 kB, with the captions of a data set a few million."""
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
-RECIPE, REWARD, ITERATIONS, QUERIES, VERSION, COMMIT = (
-    f"diffexp.{key}" for key in ("recipe", "reward", "iterations", "queries", "version", "base_commit")
+RECIPE, REWARD, ITERATIONS, QUERIES, VERSION, COMMIT, CHECKSUM = (
+    f"diffexp.{key}" for key in ("recipe", "reward", "iterations", "queries", "version", "base_commit", "reward_sha256")
 )
+FOLDERS = {"lora": DIFFUSERS_FILE, "unet": UNET_FILE}
+"""Where in a run's folder its result is, and in which file."""
+
+
+LAYOUTS = {
+    "diffusers": "diffusers keys",
+    "kohya": "kohya keys",
+    "network": "a whole denoising network",
+    "unknown": "unknown keys",
+}
+NETWORKS = {
+    "the network": re.compile(r"unet\.|lora_unet_"),
+    "text encoder 1": re.compile(r"text_encoder\.|lora_te1?_"),
+    "text encoder 2": re.compile(r"text_encoder_2\.|lora_te2_"),
+}
+"""How the keys of each network's adapter begin."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class LoraHeader:
 
     @classmethod
     def read(cls, path: Path | str) -> LoraHeader:
-        """Reads a file, or the diffusers file in a run's folder or in its folder ``lora``.
+        """Reads a file, or the result in a run's folder or in that folder's ``lora`` or ``unet``.
 
         Raises:
             UserError: if there is none, or it is no safetensors file.
@@ -46,8 +63,8 @@ class LoraHeader:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        for inside in (path / DIFFUSERS_FILE, path / "lora" / DIFFUSERS_FILE):
-            path = inside if inside.is_file() else path
+        for folder, file in FOLDERS.items():
+            path = next((inside for inside in (path / file, path / folder / file) if inside.is_file()), path)
         if not path.is_file():
             raise UserError(f"{path}: no such LoRA file; give a .safetensors file, or a run folder")
         try:
@@ -64,13 +81,20 @@ class LoraHeader:
         """Whose keys the file has."""
         if any(".lora_A." in key for key in self.shapes):
             return "diffusers"
-        return "kohya" if any(".lora_down." in key for key in self.shapes) else "unknown"
+        if any(".lora_down." in key for key in self.shapes):
+            return "kohya"
+        return "network" if "conv_in.weight" in self.shapes else "unknown"
 
     @property
     def rank(self) -> int | None:
         """The largest rank of its matrices."""
         ranks = [shape[0] for key, shape in self.shapes.items() if ".lora_A." in key or ".lora_down." in key]
         return max(ranks, default=None)
+
+    @property
+    def adapted(self) -> list[str]:
+        """The networks that have an adapter in it."""
+        return [network for network, starts in NETWORKS.items() if any(map(starts.match, self.shapes))]
 
     @property
     def alpha(self) -> str | None:
@@ -98,11 +122,14 @@ class LoraHeader:
         get, first = self.metadata.get, next(iter(self.shapes), "none")
         done = [f"{get(key)} {word}" for key, word in ((ITERATIONS, "iterations"), (QUERIES, "queries")) if get(key)]
         rows = {
-            "file": f"{self.path}, {self.layout} keys",
+            "file": f"{self.path}, {LAYOUTS[self.layout]}",
             "base model": " at ".join(filter(None, (str(section(self.recipe, "model").get("path", "")), get(COMMIT)))),
+            "kind": get("modelspec.architecture"),
             "reward": get(REWARD),
+            "its SHA-256": get(CHECKSUM),
             "trained": ", ".join(done),
-            "rank, alpha": f"{self.rank}, {self.alpha or 'as the rank'}",
+            "adapts": " and ".join(self.adapted),
+            "rank, alpha": f"{self.rank}, {self.alpha or 'as the rank'}" if self.rank else None,
             "tensors": f"{len(self.shapes)}, such as {first} {self.shapes.get(first, ())}",
             "made by": f"diffexp {get(VERSION)}" if get(VERSION) else None,
             "further": ", ".join(sorted(key for key in self.metadata if not key.startswith("diffexp."))),
@@ -143,6 +170,10 @@ def like(path: Path | str, overrides: Mapping[str, Any]) -> tuple[Recipe, list[s
     data, notes = without_code(data, overrides.get("reward"))
     if "reward" not in data and "reward" not in overrides:
         raise UserError(f"{header.path}: {printable(notes[0])}; name the reward yourself: --set reward=...")
+    if "reward" in data and "reward" not in overrides:
+        stated, own = header.metadata.get(CHECKSUM), checksum(str(data["reward"]))
+        if stated and own and stated != own:
+            notes.append(f"the reward {data['reward']!r} is another one than the header's: its SHA-256 differs")
     commit = header.metadata.get(COMMIT)
     if commit and "model.path" not in overrides:
         data["model"] = {**section(data, "model"), "revision": commit}

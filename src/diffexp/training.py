@@ -19,8 +19,6 @@ from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
 from diffexp.ledger import describe as describe_exploration
-from diffexp.lora_header import without_paths
-from diffexp.models import lora
 from diffexp.parallel import join
 from diffexp.preview import Preview
 from diffexp.randomness import generator
@@ -29,6 +27,7 @@ from diffexp.reporter import Reporter
 from diffexp.rewards.base import score
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
+from diffexp.run_header import made_by
 from diffexp.tracking import Trackers
 from diffexp.version import __version__
 
@@ -59,7 +58,7 @@ class Training:
             needs = f"which {recipe.algorithm.name} needs: take ddpo instead"
             raise UserError(f"reward = {recipe.reward!r} has no gradient, {needs}")
         self.evaluate = assembly.evaluator(recipe, self.sampler, {recipe.reward: self.reward}, self.ranks)
-        assembly.add_lora(recipe, self.model)
+        assembly.make_trainable(recipe, self.model)
         self.learner = assembly.learner(recipe, self.model, self.ranks)
         self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score)
         self.iteration = self.queries = self.saved = 0
@@ -221,19 +220,10 @@ class Training:
         self.reporter.saved(iteration)
 
     def save_lora(self) -> None:
-        """Both LoRA files, with what made them in their headers."""
-        if not self.ranks.main:
-            return
-        recipe = self.recipe.model_dump(mode="json", exclude={"device", "trackers"})
-        metadata = {
-            "diffexp.recipe": json.dumps(without_paths(recipe)),
-            "diffexp.reward": without_paths(self.recipe.reward),
-            "diffexp.iterations": str(self.iteration),
-            "diffexp.queries": str(self.queries),
-        }
-        if self.model.source.commit:
-            metadata["diffexp.base_commit"] = self.model.source.commit
-        lora.save(self.model, self.folder / "lora", self.folder.resolve().name, metadata)
+        """The LoRA files, or the network, with what made them in their headers."""
+        if self.ranks.main:
+            metadata = made_by(self.recipe, self.prompts, self.model.source.commit, self.iteration, self.queries)
+            assembly.save_trained(self.recipe, self.model, self.folder, metadata)
 
     def restore(self, newest: checkpoint.Checkpoint | None) -> None:
         """Goes back to a checkpoint, or to the untouched model, and cuts the records to what was known then."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 
 from diffexp.emoji import model_path
 from diffexp.errors import UserError, one_line
@@ -36,14 +36,12 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
             raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")
         return Path(name), Source(name)
     try:
-        commit = HfApi().model_info(name, revision=revision).sha
-    except Exception:  # offline, or unreachable: whatever the cache holds of that revision
-        commit = revision
-    try:
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=list(needed_files(variant))))
+        # asks once for the commit, and leaves a note of it in the cache, by which it is found again without a network
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(needed_files(variant))))
     except Exception as error:
         raise UserError(
-            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has ({one_line(error)})"
+            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has "
+            f"({one_line(error.__cause__ or error)})"
         ) from error
     return folder, Source(name, folder.name)
 
