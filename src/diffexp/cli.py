@@ -194,6 +194,37 @@ def compare(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write; default: report.html in the run's folder.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve it on this machine, anew while the runs train.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --watch; 0: any free one.")] = 8421,
+) -> None:
+    """Write runs as one HTML file that needs no network: curves, images over time, exploration, recipe.
+
+    Example: diffexp report runs/first; diffexp report runs/first --watch
+    """
+    from diffexp.report import write
+
+    if not watch:
+        return typer.echo(f"report in {write(runs, out)}")
+    if out:
+        raise UserError("--out and --watch: a report is either written or served; leave one out")
+    from diffexp.report.watch import serve
+
+    with serve(runs, port) as server:
+        typer.echo(f"{server.url} shows the runs as they train; Ctrl-C ends it")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("")
+
+
+@app.command()
 def reproduce(
     figure: Annotated[str, typer.Argument(help='A figure of the paper, such as 4 or 9a, or "all".', metavar="FIGURE")],
     scale: Annotated[str, typer.Option(help="The model: emoji, sd15 or sdxl.")] = "emoji",

@@ -25,6 +25,8 @@ from diffexp.lora_header import LoraHeader
 from diffexp.lora_header import like as recipe_like
 from diffexp.prompts.files import clean
 from diffexp.records import CONFIG, grid, save_images, to_images
+from diffexp.report import FILE
+from diffexp.report import write as write_report
 from diffexp.rewards.base import score
 from diffexp.rewards.features import encoder_of, thumbnails
 from diffexp.rollout import Batch, Sampler
@@ -224,7 +226,8 @@ def compare(runs: Sequence[Path], out: Path) -> None:
     """Statistics and figures over several runs."""
     with writing("--out", out):
         console.print(study.compare(runs, out).table())
-    say(f"curves, grids and numbers in {out}")
+        write_report(runs, out / FILE)
+    say(f"curves, grids, numbers and {FILE} in {out}")
 
 
 def make_folder(out: Path) -> None:

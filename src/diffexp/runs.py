@@ -82,15 +82,17 @@ class Run:
         return float(sum(spent)) if spent else None
 
     @classmethod
-    def read(cls, path: str | Path) -> Run:
-        """Read a run folder.
+    def read(cls, path: str | Path, evaluated: bool = True) -> Run:
+        """Read a run folder; unless it must be ``evaluated``, also that of a run that has only begun.
 
         Raises:
             UserError: if it is no run folder, has no evaluations, or one of its files is damaged (which line).
         """
         path = Path(path).resolve()
-        config = _config(path)
+        config = read_config(path)
         evaluations = _evaluations(path / "evaluations.jsonl")
+        if evaluated and not evaluations:
+            raise UserError(f"run {str(path)!r}: no evaluations; compare needs runs that were evaluated at least once")
         seed = config.get("seed")
         if not isinstance(seed, int):
             raise UserError(f"run {str(path)!r}: config.toml has no seed; give a folder that `diffexp train` wrote")
@@ -101,14 +103,19 @@ class Run:
             seed=seed,
             algorithm=_algorithm(config),
             strategies=strategies,
-            objective=objective if objective in evaluations else next(iter(evaluations)),
+            objective=objective if objective in evaluations else next(iter(evaluations), objective),
             recipe={key: value for key, value in _flat(config) if not _is_incidental(key, bool(strategies))},
             metrics=_last_of_each(objects(path / "metrics.jsonl")),
             evaluations=evaluations,
         )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The recipe of a run folder, as nested tables.
+
+    Raises:
+        UserError: if it is no run folder, or its ``config.toml`` can't be read.
+    """
     file = path / "config.toml"
     if not path.is_dir():
         raise UserError(f"run {str(path)!r}: no such folder")
@@ -157,9 +164,6 @@ def _evaluations(file: Path) -> dict[Measure, Curve]:
         if not (is_number(queries) and queries >= 0):
             raise UserError(f"{str(file)!r}, entry {number}: queries = {queries}; train this run anew")
         points.setdefault(measure, {})[queries] = mean
-    if not points:
-        remedy = "compare needs runs that were evaluated at least once"
-        raise UserError(f"run {str(file.parent)!r}: no evaluations; {remedy}")
     return {
         measure: Curve(np.array(sorted(values)), np.array([values[q] for q in sorted(values)]))
         for measure, values in points.items()

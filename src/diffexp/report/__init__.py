@@ -1,0 +1,37 @@
+"""A run, or several, as one HTML file: curves, images, exploration, recipe. It opens from disk, without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffexp.errors import UserError
+from diffexp.report.page import page
+from diffexp.report.sources import Material
+
+__all__ = ["FILE", "Material", "page", "write"]
+
+FILE = "report.html"
+
+
+def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes the report of some runs to ``out``, by default ``report.html`` in the folder of a single run.
+
+    A file that is there is replaced, in one go.
+
+    Raises:
+        UserError: if a run is none, several runs have no ``out``, or it can't be written.
+    """
+    if out is None and len(runs) > 1:
+        raise UserError("several runs have no folder in common: say where their report goes, --out FILE")
+    file = Path(out) if out is not None else Path(runs[0]) / FILE
+    if file.is_dir():
+        file = file / FILE
+    text, part = page(Material.read(runs)), file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8", newline="\n")
+        part.replace(file)
+    except OSError as error:
+        raise UserError(f"--out {file}: can't write there ({error.strerror})") from error
+    return file

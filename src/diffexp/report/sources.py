@@ -1,0 +1,192 @@
+"""What a report is made from: the run folders, read as far as they go. A run may have only begun."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffexp import prompts as prompt_sets
+from diffexp.errors import UserError
+from diffexp.rewards.spec import parse
+from diffexp.runs import Measure, Run, objects, read_config
+from diffexp.study import Arm, arms_of, baseline_of
+
+LISTED = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "exploration.jsonl", "environment.json")
+"""The files of a run that a report is made from, besides the previews."""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A run folder, with what :class:`diffexp.runs.Run` leaves out."""
+
+    run: Run
+    config: Mapping[str, Any]
+    scores: Mapping[Measure, Sequence[Mapping[str, Any]]]
+    """The evaluations in the order of their queries."""
+    exploration: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Source:
+        """Reads a run folder.
+
+        Raises:
+            UserError: if it is none, or one of its files is damaged.
+        """
+        run = Run.read(path, evaluated=False)
+        scores: dict[Measure, dict[float, Mapping[str, Any]]] = {}
+        for line in objects(run.path / "evaluations.jsonl"):
+            scores.setdefault(Measure(line["prompts"], line["reward"]), {})[float(line["queries"])] = line
+        explored = {line.get("iteration", k): line for k, line in enumerate(objects(run.path / "exploration.jsonl"))}
+        return cls(
+            run=run,
+            config=read_config(run.path),
+            scores={measure: [lines[q] for q in sorted(lines)] for measure, lines in scores.items()},
+            exploration=list(explored.values()),
+            environment=_environment(run.path / "environment.json"),
+        )
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations the recipe asks for."""
+        return int(self.config.get("iterations", 0))
+
+    @property
+    def done(self) -> int:
+        """How many iterations are done."""
+        return int(self.run.metrics[-1].get("iteration", 0)) if self.run.metrics else 0
+
+    @property
+    def queries(self) -> int:
+        """The reward queries that training has asked for."""
+        return int(self.run.metrics[-1].get("queries", 0)) if self.run.metrics else 0
+
+    def queries_at(self, iteration: int) -> int:
+        """The queries asked for up to an iteration."""
+        known = {m.get("iteration"): m.get("queries") for m in self.run.metrics}
+        return int(known.get(iteration) or iteration * int(self.config.get("samples", 0)))
+
+    def setting(self, *path: str) -> Any:
+        """A setting of the recipe; None where it is not set."""
+        found: Any = self.config
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """The rewards that were trained on."""
+        spec = str(self.config.get("reward"))
+        try:
+            return (spec, *(member.name for member in parse(spec)))
+        except UserError:  # of a version that knew other rewards
+            return (spec,)
+
+    def held_out(self, measure: Measure) -> bool:
+        """Whether training never saw this reward."""
+        return measure.reward not in self.trained
+
+    def seen(self, measure: Measure) -> bool:
+        """Whether training saw all of these prompts."""
+        return measure.prompts in self._seen_sets
+
+    @cached_property
+    def _seen_sets(self) -> frozenset[str]:
+        name = str(self.config.get("prompts"))
+        known, seen = set(_prompts(name)), {name}
+        for other in {measure.prompts for measure in self.scores} - seen:
+            prompts = _prompts(other)
+            if prompts and known.issuperset(prompts):
+                seen.add(other)
+        return frozenset(seen)
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """All runs of a report, as arms: the runs that differ in their seed only."""
+
+    sources: Sequence[Source]
+    arms: Sequence[Arm]
+
+    @classmethod
+    def read(cls, paths: Sequence[str | Path]) -> Material:
+        """Reads run folders.
+
+        Raises:
+            UserError: for no folder, one that is no run, or the same seed of one recipe twice.
+        """
+        if not paths:
+            raise UserError("no runs to report on: give the folders that `diffexp train` wrote")
+        sources = [Source.read(path) for path in paths]
+        return cls(sources, arms_of([source.run for source in sources]))
+
+    @cached_property
+    def _by_path(self) -> dict[Path, Source]:
+        return {source.run.path: source for source in self.sources}
+
+    def of(self, run: Run) -> Source:
+        """The source of a run."""
+        return self._by_path[run.path]
+
+    def members(self, arm: Arm) -> list[Source]:
+        """The runs of an arm."""
+        return [self.of(run) for run in arm.runs.values()]
+
+    def baseline(self, arm: Arm) -> Arm:
+        """The arm that this one is measured against; itself if it explores nothing."""
+        return baseline_of(arm, self.arms)
+
+    @property
+    def first(self) -> Source:
+        """The run whose settings stand for what all have in common."""
+        return self.sources[0]
+
+    @property
+    def objective(self) -> Measure:
+        """What the first run trains on."""
+        return self.first.run.objective
+
+    @property
+    def finished(self) -> bool:
+        """Whether every run has done all its iterations."""
+        return all(source.done >= source.iterations for source in self.sources)
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Everything evaluated: the objective, then its prompts' other rewards, then the other prompt sets."""
+        found = dict.fromkeys(measure for source in self.sources for measure in source.scores)
+        goal = self.objective
+        return sorted(found, key=lambda m: (m != goal, m.prompts != goal.prompts, m.reward != goal.reward))
+
+    def stamp(self) -> str:
+        """A text that changes whenever a report of these runs would."""
+        return stamp([source.run.path for source in self.sources])
+
+
+def stamp(paths: Sequence[str | Path]) -> str:
+    """Names, sizes and times of what a report is made from."""
+    parts = []
+    for path in map(Path, paths):
+        files = [path / name for name in LISTED]
+        files += sorted((path / "samples").glob("iteration-*"))
+        parts += [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files if file.exists()]
+    return "|".join(parts)
+
+
+def _prompts(name: str) -> tuple[str, ...]:
+    try:
+        return prompt_sets.load(name)
+    except (UserError, OSError):  # a file that is not here any more
+        return ()
+
+
+def _environment(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
