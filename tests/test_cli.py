@@ -50,7 +50,19 @@ def test_help_needs_no_heavy_library() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "evaluate", "sample", "explore", "compare", "reproduce", "show", "recipes", "prompts", "rewards"],
+    [
+        "train",
+        "evaluate",
+        "sample",
+        "explore",
+        "compare",
+        "reproduce",
+        "show",
+        "recipes",
+        "prompts",
+        "rewards",
+        "serve-reward",
+    ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)

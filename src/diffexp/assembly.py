@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
 
 from diffexp import models, prompts, rewards
 from diffexp.algorithms import DDPO, Algorithm, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.algorithms.advantages import PromptAdvantages
 from diffexp.algorithms.base import Scorer
 from diffexp.config import AlignPropSettings, DDPOSettings, Recipe, ReFLSettings, RWRSettings
+from diffexp.devices import device
 from diffexp.errors import UserError
 from diffexp.evaluation import Evaluator
 from diffexp.exploration import Exploration, StepGuidance, WordWeighting
@@ -24,23 +22,6 @@ from diffexp.rewards import features
 from diffexp.rewards.base import Reward
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Sampler
-
-
-def device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is CUDA, else Apple's MPS, else the CPU.
-
-    Raises:
-        UserError: if this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device = {name!r}: not on this machine; take 'cpu' or 'auto'") from error
-    return torch.device(name)
 
 
 def model(recipe: Recipe) -> TextToImage:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_active: ContextVar[Interruption | None] = ContextVar("interruption", default=None)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -23,17 +26,36 @@ class Interruption:
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
+        self.outer = _active.set(self)
         # Python hands signals to the main thread only
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self.request) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _active.reset(self.outer)
+        self.restore()
+
+    def restore(self) -> None:
+        """Lets signals do what they did before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def request(self, number: int, frame: FrameType | None) -> None:
         """The handler of the first signal."""
         self.requested = True
-        self.__exit__(None, None, None)
+        self.restore()
         self.announce("finishing the iteration, then saving; once more to stop at once")
+
+
+def pause(seconds: float) -> None:
+    """Sleeps in the midst of an iteration that can't go on, such as without a reward server.
+
+    Raises:
+        Interrupted: as soon as a signal asks the run to end: this iteration will not be finished.
+    """
+    end, interruption = time.monotonic() + seconds, _active.get()
+    while (left := end - time.monotonic()) > 0:
+        if interruption and interruption.requested:
+            raise Interrupted("stopped while waiting")
+        time.sleep(min(left, 0.1))

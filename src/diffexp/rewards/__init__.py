@@ -1,7 +1,8 @@
 """Rewards: functions from images in [0, 1] and their prompts to one number an image. One file a reward.
 
-``load("aesthetic", device)`` gives a shipped reward, ``load("file.py:function", device)`` one of your own, and
-``load("2*hpsv2+aesthetic", device)`` a weighted ensemble. Importing this package needs no torch.
+``load("aesthetic", device)`` gives a shipped reward, ``load("file.py:function", device)`` one of your own,
+``load("http://host:port")`` one that a server scores, and ``load("2*hpsv2+aesthetic", device)`` a weighted ensemble.
+Importing this package needs no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from diffexp.rewards.address import is_remote
 from diffexp.rewards.sources import Requirement, check
 from diffexp.rewards.spec import SHIPPED, available, check_name, is_differentiable, parse
 
@@ -24,7 +26,8 @@ def load(spec: str, device: torch.device | str = "cpu") -> Reward:
     """Build the reward that ``spec`` names, frozen and on ``device``.
 
     Raises:
-        UserError: for an unknown name, missing weights, or a custom function that cannot be imported.
+        UserError: for an unknown name, missing weights, a custom function that cannot be imported, or a reward server
+            that refuses.
     """
     from diffexp.rewards.ensemble import Ensemble
 
@@ -37,6 +40,10 @@ def load(spec: str, device: torch.device | str = "cpu") -> Reward:
 
 
 def _load_one(name: str, device: torch.device | str) -> Reward:
+    if is_remote(name):
+        from diffexp.rewards.remote import RemoteReward
+
+        return RemoteReward(name)
     if ":" in name:
         from diffexp.rewards.custom import CustomReward
 

@@ -33,9 +33,29 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
         UserError: if the scores are not B finite numbers, or carry no gradient although the reward says that it is
             differentiable and the images want one.
     """
+    return checked(reward.name, score_or_nan(reward, images, prompts), prompts)
+
+
+def score_or_nan(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The same for who can do without some: not finite where the reward says so, and NaN where an image has a NaN.
+
+    The reward is never shown such an image.
+
+    Raises:
+        UserError: if the scores are not B numbers, or carry no gradient although they should.
+    """
     if len(images) != len(prompts):
         raise UserError(f"reward {reward.name!r}: {len(images)} images came with {len(prompts)} prompts")
-    scores = checked(reward.name, reward(images, prompts), prompts)
+    sound = images.detach().flatten(1).isfinite().all(1)
+    if not sound.all():
+        scores = torch.full((len(images),), torch.nan, device=images.device)
+        rows = sound.nonzero().flatten()
+        if len(rows):
+            scores[rows] = score_or_nan(reward, images[rows], [prompts[row] for row in rows.tolist()])
+        return scores
+    # a decoder's images may lie in memory pixel by pixel: summed in that order, they would differ in the last bit from
+    # the same images after a journey over http
+    scores = shaped(reward.name, reward(images.contiguous(), prompts), prompts)
     wants_gradient = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
     if wants_gradient and not scores.requires_grad:
         raise UserError(
@@ -51,18 +71,28 @@ def checked(name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
     Raises:
         UserError: naming the reward, what came back and, where one image is at fault, its prompt.
     """
-    wanted = f"reward {name!r} must return {len(prompts)} finite numbers, one an image, as shape ({len(prompts)},)"
+    scores = shaped(name, scores, prompts)
+    if not scores.isfinite().all():
+        worst = int((~scores.isfinite()).nonzero()[0])
+        found = f"{scores[worst].item()} for the prompt {prompts[worst]!r}"
+        raise UserError(f"{_wanted(name, prompts)}: it returned {found}")
+    return scores
+
+
+def shaped(name: str, scores: Any, prompts: Sequence[str]) -> Tensor:
+    """The same without a look at the values: a (B,) float32 tensor.
+
+    Raises:
+        UserError: naming the reward and what came back.
+    """
+    wanted = _wanted(name, prompts)
     if not isinstance(scores, Tensor):
         raise UserError(f"{wanted}: it returned {type(scores).__name__}")
     if scores.shape != (len(prompts),):
         raise UserError(f"{wanted}: it returned shape {tuple(scores.shape)} (first prompt: {_first(prompts)})")
     if scores.is_complex():
         raise UserError(f"{wanted}: it returned complex numbers ({scores.dtype})")
-    scores = scores.float()
-    if not scores.isfinite().all():
-        worst = int((~scores.isfinite()).nonzero()[0])
-        raise UserError(f"{wanted}: it returned {scores[worst].item()} for the prompt {prompts[worst]!r}")
-    return scores
+    return scores.float()
 
 
 def in_chunks(
@@ -76,6 +106,10 @@ def in_chunks(
         return images.new_zeros(0, dtype=torch.float32)
     starts = range(0, len(images), size)
     return torch.cat([function(images[start : start + size], prompts[start : start + size]) for start in starts])
+
+
+def _wanted(name: str, prompts: Sequence[str]) -> str:
+    return f"reward {name!r} must return {len(prompts)} finite numbers, one an image, as shape ({len(prompts)},)"
 
 
 def _first(prompts: Sequence[str]) -> str:

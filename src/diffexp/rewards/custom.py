@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffexp.errors import UserError, unknown
-from diffexp.rewards.base import checked
+from diffexp.rewards.base import shaped
 from diffexp.rewards.spec import split_custom
 
 
@@ -41,11 +41,11 @@ class CustomReward:
         """Scores (B,), float32, on the images' device.
 
         Raises:
-            UserError: if what the function returned is not B finite numbers.
+            UserError: if what the function returned is not B numbers.
         """
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
             scores = self.function(images if self.differentiable else images.detach(), list(prompts))
-        return checked(self.name, self._tensor(scores, images.device), prompts)
+        return shaped(self.name, self._tensor(scores, images.device), prompts)
 
     def _tensor(self, scores: Any, device: torch.device) -> Tensor:
         try:

@@ -17,6 +17,7 @@ from diffexp.rewards.preprocess import resize
 SIZE = 64
 TOKENS = 16
 SCALE = 10.0
+KEPT = 10_000  # prompts' features: a reward server may be asked about any number of prompts
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -51,6 +52,8 @@ class _Similarity(nn.Module):
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """L2-normalised features (B, D) of prompts; each different prompt is encoded once."""
+        if len(self.texts) > KEPT:
+            self.texts.clear()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.texts]
         if new:
             tokens = self.tokenizer(

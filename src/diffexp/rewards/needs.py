@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from diffexp.rewards.address import is_remote
 from diffexp.rewards.sources import Requirement, check
+from diffexp.rewards.spec import parse
 
 
 def describe(spec: str) -> str:
     """A paragraph for each source that the rewards of ``spec`` need: from where, how big, which licence, what is here.
 
+    A reward server is asked what it serves.
+
     Raises:
-        UserError: for an unknown reward.
+        UserError: for an unknown reward, or a server that does not answer.
     """
     needed = list({item.source: item for item in check(spec)}.values())
-    if not needed:
+    servers = [server(member.name) for member in parse(spec) if is_remote(member.name)]
+    if not needed and not servers:
         return f"{spec}: needs nothing beyond this package"
     missing = [item.source.size for item in needed if not item.present]
     total = f"to download: {size(sum(missing))}" if missing else "everything is here"
-    return "\n".join([*(paragraph(item) for item in needed), f"{spec}: {total}"])
+    return "\n".join([*(paragraph(item) for item in needed), *servers, f"{spec}: {total}"])
+
+
+def server(address: str) -> str:
+    """What a reward server says about itself."""
+    from diffexp.rewards.remote import RemoteReward
+
+    return f"{address}\n  serves   {RemoteReward(address, patience=0).describe()}"
 
 
 def paragraph(need: Requirement) -> str:

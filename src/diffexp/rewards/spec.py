@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffexp.errors import UserError, unknown
+from diffexp.rewards.address import is_remote, read_address, refuse_secrets
 
 
 class Entry(NamedTuple):
@@ -64,11 +65,13 @@ def available() -> dict[str, str]:
 
 
 def parse(spec: str) -> tuple[Member, ...]:
-    """Read a reward spec: ``"aesthetic"``, ``"file.py:function"``, or several joined as ``"2*hpsv2+aesthetic"``.
+    """Read a reward spec: a name, ``"file.py:function"``, ``"http://host:port"``, or a sum ``"2*hpsv2+aesthetic"``.
 
     Raises:
-        UserError: for an empty part, a weight that is no finite number or zero, or a reward named twice.
+        UserError: for an empty part, a weight that is no finite number or zero, a reward named twice, or an address
+            with a password.
     """
+    refuse_secrets(spec)
     members = tuple(_member(part.strip(), spec) for part in spec.split("+"))
     names = [member.name for member in members]
     for name in names:
@@ -84,16 +87,18 @@ def check_name(spec: str) -> None:
         UserError: for an unknown name (with the closest known one), a missing file or module, or a malformed spec.
     """
     for member in parse(spec):
-        if ":" in member.name:
+        if is_remote(member.name):
+            read_address(member.name)
+        elif ":" in member.name:
             _check_custom(member.name)
         elif member.name not in SHIPPED:
-            remedy = f"known: {', '.join(SHIPPED)}; or your own as 'file.py:function'"
+            remedy = f"known: {', '.join(SHIPPED)}; or 'file.py:function', or a server as 'http://host:port'"
             raise unknown("reward", member.name, SHIPPED, remedy)
 
 
 def is_differentiable(spec: str) -> bool | None:
     """Whether the reward has a gradient; None where only loading can tell (a custom function)."""
-    answers = [None if ":" in name else SHIPPED[name].differentiable for name, _ in parse(spec)]
+    answers = [_is_differentiable(name) for name, _ in parse(spec)]
     if False in answers:
         return False
     return None if None in answers else True
@@ -109,6 +114,12 @@ def split_custom(name: str) -> tuple[str, str]:
     if not where.strip() or not function.strip() or where.startswith(("http:", "https:")):
         raise UserError(f"reward {name!r} is no custom reward: write it as 'module:function' or 'file.py:function'")
     return where.strip(), function.strip()
+
+
+def _is_differentiable(name: str) -> bool | None:
+    if is_remote(name):
+        return False
+    return None if ":" in name else SHIPPED[name].differentiable
 
 
 def _member(part: str, spec: str) -> Member:

@@ -1,0 +1,28 @@
+"""Which device a run, or a reward server, computes on."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from diffexp.errors import UserError, cut
+
+
+def device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: if this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    try:
+        found = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device = {cut(repr(name))}: not on this machine; take 'cpu' or 'auto'") from error
+    if found.type == "meta":  # torch knows it everywhere, but it computes nothing
+        raise UserError(f"device = {name!r}: not on this machine; take 'cpu' or 'auto'")
+    return torch.device(name)
