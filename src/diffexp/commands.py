@@ -157,7 +157,7 @@ def sample(
     batch = painter.batch(prompts, seed, n)
     if explore:
         exploration = assembly.exploration(painter.recipe, painter.sampler)
-        if not (exploration.guidance or exploration.words):
+        if exploration == Exploration(until=exploration.until):
             raise UserError(f"--explore: {target} explores nothing; --set exploration.guidance.low=1 would")
         batch = batch.explored(exploration)
     make_folder(out)
@@ -213,6 +213,7 @@ def ways(recipe: Recipe, sampler: Sampler) -> dict[str, Exploration]:
         f"scheduled {low:g} to {high:g}": Exploration(schedule),
         "weighted words": Exploration(words=words),
         "both": Exploration(schedule, words),
+        **({"the recipe's": own} if own.strategy else {}),
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -112,12 +112,14 @@ class Exploration:
     """Both strategies, either or none, active in the first part of training.
 
     ``until`` is the fraction of all iterations after which sampling is ordinary again (the paper: three fourths).
+    ``strategy``, which comes last, is one of your own: from a ``diffexp.rollout.Batch`` to the one sampled instead.
     """
 
     guidance: GuidanceSchedule | None = None
     words: WordWeighting | None = None
     until: float = 0.75
+    strategy: Callable[[Any], Any] | None = None
 
     def active(self, iteration: int, iterations: int) -> bool:
         """Whether the given iteration (counted from 1) of a run of ``iterations`` explores."""
-        return bool(self.guidance or self.words) and iteration <= self.until * iterations
+        return bool(self.guidance or self.words or self.strategy) and iteration <= self.until * iterations

@@ -167,9 +167,10 @@ def like(path: Path | str, overrides: Mapping[str, Any]) -> tuple[Recipe, list[s
     data = header.recipe
     if not data:
         raise UserError(f"{header.path} has no recipe in its header: only LoRA files made by diffexp have one")
-    data, notes = without_code(data, overrides.get("reward"))
-    if "reward" not in data and "reward" not in overrides:
-        raise UserError(f"{header.path}: {printable(notes[0])}; name the reward yourself: --set reward=...")
+    data, left_out = without_code(data, overrides.get("reward"))
+    for key in {"reward", "algorithm.name"} & left_out.keys() - overrides.keys():
+        raise UserError(f"{header.path}: {printable(left_out[key])}; name the {key} yourself: --set {key}=...")
+    notes = list(left_out.values())
     if "reward" in data and "reward" not in overrides:
         stated, own = header.metadata.get(CHECKSUM), checksum(str(data["reward"]))
         if stated and own and stated != own:
@@ -180,16 +181,16 @@ def like(path: Path | str, overrides: Mapping[str, Any]) -> tuple[Recipe, list[s
     return Recipe.parse(data, header.path.name, overrides), [printable(note) for note in notes]
 
 
-def without_code(data: Mapping[str, Any], instead: str | None = None) -> tuple[dict[str, Any], list[str]]:
-    """A recipe without the rewards that are not diffexp's own: those are code, or a stranger's server.
+def without_code(data: Mapping[str, Any], instead: str | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe without what is not diffexp's own, code or a stranger's server; and a line about each setting left out.
 
     Where the training reward is one of them, evaluations take ``instead`` for it.
     """
-    kept, notes, replaced = dict(data), [], {}
+    kept, notes, replaced = dict(data), dict[str, str](), {}
     if "reward" in kept and not is_shipped(kept["reward"]):
         foreign = kept.pop("reward")
         replaced[str(foreign)] = instead
-        notes.append(f"the header's reward {foreign!r} is not one of diffexp's own and was left out")
+        notes["reward"] = f"the header's reward {foreign!r} is not one of diffexp's own and was left out"
     evaluation = dict(section(kept, "evaluation"))
     if isinstance(evaluation.get("rewards"), list):
         names = [str(name) for name in evaluation["rewards"]]
@@ -197,7 +198,14 @@ def without_code(data: Mapping[str, Any], instead: str | None = None) -> tuple[d
         evaluation["rewards"] = [replaced.get(name) or name for name in names if name not in foreign] or None
         kept["evaluation"] = evaluation
         if foreign:
-            notes.append(f"left out of evaluation.rewards, as they are not diffexp's own: {', '.join(foreign)}")
+            what = "left out of evaluation.rewards, as they are not diffexp's own"
+            notes["evaluation.rewards"] = f"{what}: {', '.join(foreign)}"
+    for table, key in (("algorithm", "name"), ("exploration", "strategy")):
+        inside = dict(section(kept, table))
+        if ":" in str(inside.get(key)):
+            foreign = inside.pop(key)
+            notes[f"{table}.{key}"] = f"the header's {table}.{key} {foreign!r} is code and was left out"
+            kept[table] = inside
     return kept, notes
 
 

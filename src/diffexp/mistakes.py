@@ -70,9 +70,14 @@ def sections(schema: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     found = [schema]
     for key in path:
         annotations = [option.model_fields[key].annotation for option in found if key in option.model_fields]
-        members = [member for annotation in annotations for member in (annotation, *get_args(annotation))]
+        members = [member for annotation in annotations for member in within(annotation)]
         found = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
     return found
+
+
+def within(annotation: Any) -> list[Any]:
+    """An annotation, and the types that it is made of."""
+    return [annotation, *(inner for part in get_args(annotation) for inner in within(part))]
 
 
 def tag(option: type[BaseModel]) -> tuple[str, ...]:

@@ -72,8 +72,13 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What was trained, in words: "DDPO", "DDPO + DiffExp"; "DDPO + word weighting" with one strategy only."""
-        return TITLES.get(self.algorithm, self.algorithm) + STRATEGIES[self.strategies]
+        """What was trained, in words: "DDPO", "DDPO + DiffExp"; "DDPO + word weighting" with one strategy only.
+
+        A strategy of the user's own is called by its function.
+        """
+        known = tuple(part for part in self.strategies if part in ("guidance", "words"))
+        own = "".join(f" + {part}" for part in self.strategies if part not in known)
+        return TITLES.get(self.algorithm, self.algorithm) + STRATEGIES[known] + own
 
     @property
     def seconds(self) -> float | None:
@@ -128,14 +133,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _algorithm(config: Mapping[str, Any]) -> str:
     section = config.get("algorithm")
-    return str(section.get("name", "unknown")) if isinstance(section, Mapping) else "unknown"
+    # the user's own are named file.py:Class
+    return str(section.get("name", "unknown")).rpartition(":")[2] if isinstance(section, Mapping) else "unknown"
 
 
 def _strategies(config: Mapping[str, Any]) -> tuple[str, ...]:
     section = config.get("exploration")
     if not isinstance(section, Mapping) or section.get("until") == 0:
         return ()
-    return tuple(part for part in ("guidance", "words") if part in section)
+    own = str(section.get("strategy", "")).rpartition(":")[2]
+    return tuple(part for part in ("guidance", "words") if part in section) + (own,) * bool(own)
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 from typing import NamedTuple
 
+from diffexp import own
 from diffexp.errors import UserError, unknown
 from diffexp.rewards.address import is_remote, read_address, refuse_secrets
 
@@ -90,7 +89,7 @@ def check_name(spec: str) -> None:
         if is_remote(member.name):
             read_address(member.name)
         elif ":" in member.name:
-            _check_custom(member.name)
+            own.check("reward", member.name)
         elif member.name not in SHIPPED:
             remedy = f"known: {', '.join(SHIPPED)}; or 'file.py:function', or a server as 'http://host:port'"
             raise unknown("reward", member.name, SHIPPED, remedy)
@@ -102,18 +101,6 @@ def is_differentiable(spec: str) -> bool | None:
     if False in answers:
         return False
     return None if None in answers else True
-
-
-def split_custom(name: str) -> tuple[str, str]:
-    """Split ``"module:function"`` or ``"path/file.py:function"`` into its two halves.
-
-    Raises:
-        UserError: if a half is missing.
-    """
-    where, _, function = name.rpartition(":")
-    if not where.strip() or not function.strip() or where.startswith(("http:", "https:")):
-        raise UserError(f"reward {name!r} is no custom reward: write it as 'module:function' or 'file.py:function'")
-    return where.strip(), function.strip()
 
 
 def _is_differentiable(name: str) -> bool | None:
@@ -136,16 +123,3 @@ def _member(part: str, spec: str) -> Member:
     if not math.isfinite(value) or value == 0:
         raise UserError(f"reward {spec!r} has the weight {weight.strip()!r}: a weight is a finite number other than 0")
     return Member(name, value)
-
-
-def _check_custom(name: str) -> None:
-    where, _ = split_custom(name)
-    if where.endswith(".py"):
-        if not Path(where).is_file():
-            raise UserError(f"reward {name!r}: there is no file {where!r}")
-        return
-    package = where.partition(".")[0]
-    if not package.isidentifier() or importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"reward {name!r}: there is no module {package!r} to import; a file is named 'file.py:function'"
-        )
