@@ -98,6 +98,8 @@ class Evaluator(NamedTuple):
         Sampled anew, for it needs the latents: as much work as an evaluation of twice as many images.
         """
         count = min(self.kl_images, len(task.prompts))
+        if not count:
+            return None
         picked = task.select([k * len(task.prompts) // count for k in range(count)])
         own = picked.select(self.ranks.share(count))
         values = self.ranks.gather(self.batch.fit(partial(self.sampler.divergence, own)), count)
