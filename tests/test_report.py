@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from diffexp import train
 from diffexp.cli import app
 from diffexp.errors import UserError
-from diffexp.report import Material, charts, curves, facts, film, page, words, write
+from diffexp.report import Material, charts, curves, facts, film, render, words, write
 from diffexp.report.page import embedded
 from diffexp.report.watch import Server, serve
 from diffexp.runs import Measure
@@ -214,11 +214,11 @@ def test_long_curves_are_thinned_to_what_a_screen_shows(tmp_path: Path) -> None:
     assert len(rows) == charts.ROWS
     assert chart.thinned
     assert (rows[0][0], rows[-1][0]) == ("64", "192,000")
-    assert len(page(material)) < 8_000_000
+    assert len(render(material)) < 8_000_000
 
 
 def test_the_page_needs_nothing_and_allows_nothing_else(runs: list[Path]) -> None:
-    text = page(Material.read(runs))
+    text = render(Material.read(runs))
     document = Document(text)
     rules = document.rules()
     assert rules["default-src"] == "'none'"
@@ -233,14 +233,14 @@ def test_the_page_needs_nothing_and_allows_nothing_else(runs: list[Path]) -> Non
         assert not [name for name in attributes if name.startswith("on") or name == "style"], tag
         for name in ("src", "href", "action", "srcset"):
             assert re.match(r"(data:|#|$)", attributes.get(name) or ""), (tag, attributes)
-    assert Document(page(Material.read(runs), etag='"1"')).rules() == {**rules, "connect-src": "'self'"}
+    assert Document(render(Material.read(runs), etag='"1"')).rules() == {**rules, "connect-src": "'self'"}
 
 
 EVIL = ('<b>bold</b> & "quoted" </script><script>alert(1)</script>', "two\u2028lines <!--")
 
 
 def test_prompts_are_text_wherever_they_stand(tmp_path: Path) -> None:
-    text = page(Material.read([make_run(tmp_path / "run", prompts=EVIL)]))
+    text = render(Material.read([make_run(tmp_path / "run", prompts=EVIL)]))
     document = Document(text)
     assert text.count("<script") == 3  # the data and the two of our own
     assert "<b>bold" not in text
@@ -260,7 +260,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path, algorithm: str) -> None:
     run = make_run(tmp_path / "run", algorithm=algorithm, done=0, evaluated=False, prompts=())
     for name in ("metrics.jsonl", "exploration.jsonl", "environment.json"):
         (run / name).unlink()
-    text = page(Material.read([run]))
+    text = render(Material.read([run]))
     assert "Not finished. run: iteration 0 of 8." in text
     assert "Nothing has been evaluated yet." in text
     assert "There are no previews" in text
@@ -269,7 +269,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path, algorithm: str) -> None:
 
 def test_a_single_iteration(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", iterations=1, done=1, every=10, explores=False)
-    document = Document(page(Material.read([run])))
+    document = Document(render(Material.read([run])))
     assert document.data()["charts"][0]["xs"] == [0, 64]
     assert [stop["label"] for stop in document.data()["film"]["stops"]] == [
         "untouched model",
@@ -280,7 +280,7 @@ def test_a_single_iteration(tmp_path: Path) -> None:
 def test_runs_with_different_goals_stand_side_by_side(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one")
     two = make_run(tmp_path / "two", reward="emoji-aesthetic", held_out=None)
-    text = page(Material.read([one, two]))
+    text = render(Material.read([one, two]))
     assert "on several rewards" in text
     assert "Outcome by method" not in text
 
@@ -290,18 +290,18 @@ def test_a_report_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     reward.parent.mkdir()
     reward.write_text("def redness(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
     run = make_run(tmp_path / "run", reward=f"{reward}:redness")
-    text = page(Material.read([run]))
+    text = render(Material.read([run]))
     assert "mine.py:redness" in text
     assert str(tmp_path) not in text
 
 
 def test_a_line_that_is_just_written_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    before = page(Material.read([run]))
+    before = render(Material.read([run]))
     for name in ("metrics.jsonl", "evaluations.jsonl", "exploration.jsonl"):
         with (run / name).open("a") as file:
             file.write('{"iteration": 9, "que')
-    assert page(Material.read([run])) == before
+    assert render(Material.read([run])) == before
 
 
 def test_training_writes_its_report(sd_folder: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffexp.errors import UserError
-from diffexp.report.page import page
+from diffexp.report.page import render
 from diffexp.report.sources import Material
 
-__all__ = ["FILE", "Material", "page", "write"]
+__all__ = ["FILE", "Material", "render", "write"]
 
 FILE = "report.html"
 
@@ -27,7 +27,7 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     file = Path(out) if out is not None else Path(runs[0]) / FILE
     if file.is_dir():
         file = file / FILE
-    text, part = page(Material.read(runs)), file.with_name(f".{file.name}.part")
+    text, part = render(Material.read(runs)), file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8", newline="\n")

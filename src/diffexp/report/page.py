@@ -23,7 +23,7 @@ REFRESH = 3
 """Seconds between two looks of a page that follows a run."""
 
 
-def page(material: Material, etag: str = "") -> str:
+def render(material: Material, etag: str = "") -> str:
     """The report as HTML. With an ``etag`` it looks for a newer one where it came from, every few seconds."""
     shown = charts(material)
     reels = film.film(material)

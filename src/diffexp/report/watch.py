@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffexp.errors import UserError
-from diffexp.report.page import page
+from diffexp.report.page import render
 from diffexp.report.sources import Material, stamp
 from diffexp.version import __version__
 
@@ -42,7 +42,7 @@ class Newest:
             tag = '"' + hashlib.sha256(f"{__version__}|{stamp(self.runs)}".encode()).hexdigest()[:20] + '"'
             if tag != self.tag:
                 try:
-                    self.text, self.tag = page(Material.read(self.runs), tag), tag
+                    self.text, self.tag = render(Material.read(self.runs), tag), tag
                 except (OSError, ValueError):
                     if not self.text:
                         raise

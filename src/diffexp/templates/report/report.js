@@ -230,8 +230,10 @@
     drawAll();
   }
 
+  const reachable = () => [...document.querySelectorAll("main input, main button, main summary, main [tabindex='0']")];
+
   function replace(page) {
-    const slider = document.getElementById("moment"), focus = document.activeElement && document.activeElement.id;
+    const slider = document.getElementById("moment"), focus = reachable().indexOf(document.activeElement);
     const behind = slider && Number(slider.value) < Number(slider.max) ? Number(slider.value) : undefined;
     const open = [...document.querySelectorAll("details")].map((one) => one.open);
     const y = scrollY;
@@ -241,7 +243,8 @@
     document.title = page.title;
     document.querySelectorAll("details").forEach((one, k) => { one.open = open[k] === true; });
     start(behind);
-    if (focus && document.getElementById(focus)) document.getElementById(focus).focus({ preventScroll: true });
+    const again = reachable()[focus];
+    if (again) again.focus({ preventScroll: true });
     scrollTo({ top: y, behavior: "instant" });
   }
 
