@@ -12,6 +12,7 @@ and nothing was measured on a GPU.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import weakref
 from collections.abc import Callable, Mapping
@@ -43,16 +44,6 @@ from diffexp.toml import shipped
 GIB = 2**30
 FRAGMENTATION = 1.1
 LIBRARIES = 0.7  # GiB: the CUDA context, cuDNN's and cuBLAS's workspaces
-CLIP_L: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-CLIP_G: dict[str, Any] = {
-    **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
-    **{"hidden_act": "gelu", "projection_dim": 1280},
-}
 VISION: dict[str, dict[str, Any]] = {
     "L": {
         "hidden_size": 1024,
@@ -77,26 +68,6 @@ REWARDS = {
     "imagereward": (447e6, "L"),
 }
 """Parameters, and the vision tower that they go through."""
-SD15_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
 
 
 class FusedAttention(torch.autograd.Function):
@@ -159,13 +130,18 @@ def size(*modules: nn.Module) -> int:
 def model_of(recipe: Recipe) -> TextToImage:
     """The recipe's model, without contents."""
     dtype, xl = PRECISIONS[recipe.model.precision], "xl" in recipe.model.path
+    published = files("diffexp") / "models" / "configs" / ("sdxl" if xl else "sd15")
+
+    def config(part: str) -> dict[str, Any]:
+        return json.loads((published / part / "config.json").read_text(encoding="utf-8"))
+
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**(SDXL_UNET if xl else SD15_UNET)).to(dtype)
-        vae = AutoencoderKL(**VAE).to(torch.float32 if dtype == torch.float16 else dtype)
-        encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L)).to(dtype)
+        unet = UNet2DConditionModel.from_config(config("unet")).to(dtype)
+        vae = AutoencoderKL.from_config(config("vae")).to(torch.float32 if dtype == torch.float16 else dtype)
+        encoder = CLIPTextModel(CLIPTextConfig(**config("text_encoder"))).to(dtype)
         common = (unet, vae, DDIMScheduler(), Source(recipe.model.path))
         if xl:
-            second = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G)).to(dtype)
+            second = CLIPTextModelWithProjection(CLIPTextConfig(**config("text_encoder_2"))).to(dtype)
             model: TextToImage = StableDiffusionXL(*common, cast(Any, (None, None)), (encoder, second))
         else:
             model = StableDiffusion(*common, cast(Any, None), encoder)

@@ -71,8 +71,14 @@ def sections(schema: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     for key in path:
         annotations = [option.model_fields[key].annotation for option in found if key in option.model_fields]
         members = [member for annotation in annotations for member in within(annotation)]
-        found = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
+        found = [member for member in members if is_section(member)]
     return found
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a type is that of a section of the recipe."""
+    # Python 3.10 calls list[int] a type, too
+    return isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel)
 
 
 def within(annotation: Any) -> list[Any]:

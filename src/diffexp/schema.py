@@ -14,13 +14,14 @@ from pydantic.fields import FieldInfo
 from diffexp import prompts, rewards
 from diffexp.config import Recipe
 from diffexp.errors import UserError, unknown, writing
-from diffexp.mistakes import within
+from diffexp.mistakes import is_section, within
 from diffexp.toml import shipped
 
 FILE = "recipe.schema.json"
 """What the schema is called beside a recipe, and in this package."""
 DIRECTIVE = "#:schema "
 """What the first line of a recipe says before the schema's path."""
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 
 
 def schema() -> dict[str, Any]:
@@ -58,10 +59,14 @@ def tidy(part: Any) -> Any:
         return part
     if "properties" in part:
         part = {**part, "properties": {name: tidy(setting) for name, setting in part["properties"].items()}}
-    dropped = {key for key in ("title", "discriminator") if isinstance(part.get(key), str | dict)}
+    dropped = {"title", "discriminator"}
     if isinstance(part.get("default", {}), dict) or part["default"] is None:
         dropped.add("default")
-    kept = {key: value if key == "properties" else tidy(value) for key, value in part.items() if key not in dropped}
+    kept: dict[str, Any] = {
+        key: value if key == "properties" else tidy(value) for key, value in part.items() if key not in dropped
+    }
+    for bound in BOUNDS & kept.keys():
+        kept[bound] = int(kept[bound]) if kept[bound] == int(kept[bound]) else kept[bound]  # pydantic's versions differ
     # not oneOf: a child recipe may leave the name to its base, and its other keys fit several algorithms
     options = [option for option in kept.pop("oneOf", kept.pop("anyOf", [])) if option != {"type": "null"}]
     return kept | options[0] if len(options) == 1 else kept | ({"anyOf": options} if options else {})
@@ -70,7 +75,7 @@ def tidy(part: Any) -> Any:
 def settings(of: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every setting by its dotted name. Where algorithms share a name, each of them has one."""
     for name, field in of.model_fields.items():
-        sections = [part for part in within(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+        sections = [part for part in within(field.annotation) if is_section(part)]
         for section in sections:
             yield from settings(section, f"{prefix}{name}.")
         if not sections:
@@ -103,6 +108,7 @@ def copy_recipe(name: str, to: Path) -> Path:
     text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     own = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(DIRECTIVE))
     with writing("FILE", to):
+        to.parent.mkdir(parents=True, exist_ok=True)
         try:
             with to.open("x", encoding="utf-8") as file:
                 file.write(f"{DIRECTIVE}{FILE}\n{own}")

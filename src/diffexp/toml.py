@@ -35,7 +35,7 @@ def shipped() -> dict[str, str]:
 
 
 def memory_of(name: str) -> float:
-    """GiB that a shipped recipe takes of a GPU's memory, or of the machine's: a comment of it or of its base says so."""
+    """GiB that a shipped recipe takes of a GPU's memory, or of the machine's: a comment in it or its base says so."""
     text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     if found := re.search(r"^# Memory: about ([\d.]+) GiB", text, re.MULTILINE):
         return float(found[1])

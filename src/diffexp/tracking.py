@@ -83,7 +83,7 @@ def trackers_of(recipe: Recipe) -> list[str]:
     Raises:
         UserError: for any other that is not installed.
     """
-    names = [name for name in recipe.trackers if name != "tensorboard" or find_spec("tensorboard")]
+    names: list[str] = [name for name in recipe.trackers if name != "tensorboard" or find_spec("tensorboard")]
     for name in names:
         if not find_spec(name):
             raise UserError(f"trackers = [{json.dumps(name)}]: {name} is not installed; pip install 'diffexp[{name}]'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -145,7 +146,7 @@ def from_arrow(column: Column) -> Iterable[Any]:
 
 
 def from_hub(column: Column) -> Iterable[Any]:
-    from datasets import load_dataset
+    load_dataset = import_module("datasets").load_dataset
 
     found = HUB.fullmatch(column.source)
     if not found:
