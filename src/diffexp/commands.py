@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffexp import assembly, study
+from diffexp import prompts as prompt_sets
 from diffexp.config import Recipe
 from diffexp.diversity import pairwise_diversity
 from diffexp.errors import UserError, printable, writing
@@ -29,6 +30,7 @@ from diffexp.report import FILE
 from diffexp.report import write as write_report
 from diffexp.rewards.base import score
 from diffexp.rewards.features import encoder_of, thumbnails
+from diffexp.rewards.spec import check_name
 from diffexp.rollout import Batch, Sampler
 from diffexp.toml import parse_override, read_toml
 
@@ -119,6 +121,10 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Prints the reward curves' next points."""
+    for name in prompts or ():
+        prompt_sets.check(name)
+    for name in rewards or ():
+        check_name(name)
     recipe, sampler = open_painter(target, overrides)
     wanted = {"images": images, "prompts": prompts or None, "rewards": rewards or None}
     settings = recipe.evaluation.model_dump() | {key: value for key, value in wanted.items() if value is not None}

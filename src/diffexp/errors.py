@@ -75,6 +75,8 @@ def writing(setting: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOENT and not path.parent.exists():
+            raise UserError(f"{setting} {cut(str(path))}: there is no folder {cut(str(path.parent))}") from error
         raise refusal(error, f"{setting} {cut(str(path))}: can't write there") or error from error
 
 

@@ -21,6 +21,8 @@ from diffexp.models.schedulers import noise_schedule
 from diffexp.text import TextEmbedding, Words, concatenate
 
 LatentShape = tuple[int, int, int]
+EMBEDDED = 64
+"""Prompts that a text encoder reads at once: a prompt set may have thousands."""
 
 
 class Source(NamedTuple):
@@ -61,8 +63,9 @@ class TextToImage(ABC):
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         """The embedding of the prompts, and of the empty text; with gradients to encoders that learn."""
+        starts = range(0, max(1, len(prompts)), EMBEDDED)
         with torch.set_grad_enabled(self.learns_text and torch.is_grad_enabled()):
-            return self.embed(prompts)
+            return concatenate([self.embed(prompts[start : start + EMBEDDED]) for start in starts])
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:

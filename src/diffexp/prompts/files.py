@@ -13,6 +13,8 @@ SUFFIXES: tuple[str, ...] = (".txt", ".jsonl")
 
 MOST = 50_000
 """Prompts in a file: a run keeps all of them embedded."""
+MOST_LINES = 10 * MOST
+"""Lines of a file, empty ones and comments too."""
 LARGEST = 64_000_000
 """Bytes of a file."""
 LONGEST = 10_000
@@ -73,6 +75,8 @@ def _text(path: Path) -> str:
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"prompts {str(path)!r}: cannot be read ({reason}); give a readable text file") from None
+    if (lines := text.count("\n")) > MOST_LINES:
+        raise UserError(f"prompts {str(path)!r}: {lines:,} lines; the most are {MOST_LINES:,}: take a part of them")
     if "\0" in text:
         raise UserError(f"prompts {str(path)!r}: a binary file; give UTF-8 text with one prompt a line")
     return text
