@@ -19,6 +19,7 @@ from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
 from diffexp.ledger import describe as describe_exploration
+from diffexp.links import check_links
 from diffexp.parallel import join
 from diffexp.preview import Preview
 from diffexp.randomness import generator
@@ -264,6 +265,7 @@ def prepare(folder: Path, recipe: Recipe) -> None:
         UserError: if it is not, or the folder can't be written.
     """
     resolved, config = recipe.to_toml(), folder / CONFIG
+    check_links(folder)
     if config.is_file():
         check_same(folder, config.read_text(encoding="utf-8"), resolved)
         newest = checkpoint.read_newest(folder / "checkpoints")
