@@ -291,7 +291,7 @@ def test_a_run_that_still_writes_can_be_read(tmp_path: Path):
     ("damage", "message"),
     [
         (lambda run: (run / "config.toml").unlink(), "it has no config.toml"),
-        (lambda run: (run / "config.toml").write_text("seed = "), "config.toml cannot be read"),
+        (lambda run: (run / "config.toml").write_text("seed = "), "config.toml is no valid TOML"),
         (lambda run: (run / "config.toml").write_text('prompts = "animals"'), "no seed"),
         (lambda run: (run / "evaluations.jsonl").unlink(), "no evaluations"),
         (lambda run: (run / "evaluations.jsonl").write_text("\n"), "no evaluations"),

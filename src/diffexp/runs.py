@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffexp.errors import UserError
+from diffexp.errors import UserError, cut
 from diffexp.toml import read_tables
 
 TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
@@ -27,6 +27,9 @@ STRATEGIES: dict[tuple[str, ...], str] = {
 
 LARGEST = 1e30
 """Rewards and counts beyond this are no measurement."""
+
+COUNTS = frozenset(("iteration", "queries", "seconds", "n"))
+"""What is a number in every record that has it."""
 
 NOT_THE_METHOD = ("seed", "device", "trackers", "rollout.batch", "update", "evaluation", "preview", "checkpoint")
 """Settings, and whole sections, that runs of one method may differ in: they change no training sample."""
@@ -98,14 +101,15 @@ class Run:
         evaluations = _evaluations(path / "evaluations.jsonl")
         if evaluated and not evaluations:
             raise UserError(f"run {str(path)!r}: no evaluations; compare needs runs that were evaluated at least once")
-        seed = config.get("seed")
-        if not isinstance(seed, int):
-            raise UserError(f"run {str(path)!r}: config.toml has no seed; give a folder that `diffexp train` wrote")
+        for key, default in (("seed", None), ("iterations", 0), ("samples", 0)):
+            if not isinstance(config.get(key, default), int):
+                remedy = "give a folder that `diffexp train` wrote"
+                raise UserError(f"run {str(path)!r}: config.toml has no {key}; {remedy}")
         strategies = _strategies(config)
         objective = Measure(str(config.get("prompts")), str(config.get("reward")))
         return cls(
             path=path,
-            seed=seed,
+            seed=config["seed"],
             algorithm=_algorithm(config),
             strategies=strategies,
             objective=objective if objective in evaluations else next(iter(evaluations), objective),
@@ -162,10 +166,12 @@ def _evaluations(file: Path) -> dict[Measure, Curve]:
     points: dict[Measure, dict[float, float]] = {}
     for number, entry in enumerate(objects(file), start=1):
         try:
-            measure = Measure(str(entry["prompts"]), str(entry["reward"]))
+            measure = Measure(entry["prompts"], entry["reward"])
             queries, mean = float(entry["queries"]), float(entry["mean"])
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise UserError(f"{str(file)!r}, entry {number}: needs prompts, reward, queries and mean") from None
+            measure, queries, mean = Measure("", ""), 0.0, 0.0
+        if not all(isinstance(name, str) and name for name in measure):
+            raise UserError(f"{str(file)!r}, entry {number}: needs prompts, reward, queries and mean")
         if not is_number(mean):
             raise UserError(f"{str(file)!r}, entry {number}: the mean reward is {mean}; train this run anew")
         if not (is_number(queries) and queries >= 0):
@@ -181,7 +187,7 @@ def objects(file: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; a last line that is still being written is left out.
 
     Raises:
-        UserError: if another line is no object.
+        UserError: if another line is no object, or what it counts is no number.
     """
     if not file.is_file():
         return []
@@ -195,6 +201,10 @@ def objects(file: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             found = None
         if isinstance(found, dict):
+            for key in COUNTS & found.keys():
+                if found[key] is not None and not is_number(found[key]):
+                    what = f"{key} = {cut(repr(found[key]))} is no number"
+                    raise UserError(f"{str(file)!r}, line {number}: {what}; the file is damaged")
             objects.append(found)
         elif number < len(lines):  # the last line of a run that was stopped while it wrote has no end yet
             raise UserError(f"{str(file)!r}, line {number}: not a JSON object; the file is damaged")

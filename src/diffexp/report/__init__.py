@@ -30,7 +30,9 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     text, part = render(Material.read(runs)), file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", newline="\n")
+        part.unlink(missing_ok=True)  # in a stranger's run it may be a link
+        with part.open("x", encoding="utf-8", newline="\n") as opened:
+            opened.write(text)
         part.replace(file)
     except OSError as error:
         raise UserError(f"--out {file}: can't write there ({error.strerror})") from error

@@ -41,7 +41,9 @@ class Source:
         scores: dict[Measure, dict[float, Mapping[str, Any]]] = {}
         for line in objects(run.path / "evaluations.jsonl"):
             scores.setdefault(Measure(line["prompts"], line["reward"]), {})[float(line["queries"])] = line
-        explored = {line.get("iteration", k): line for k, line in enumerate(objects(run.path / "exploration.jsonl"))}
+        explored = {
+            int(line.get("iteration") or k): line for k, line in enumerate(objects(run.path / "exploration.jsonl"))
+        }
         return cls(
             run=run,
             config=read_config(run.path),
@@ -187,6 +189,6 @@ def _prompts(name: str) -> tuple[str, ...]:
 def _environment(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
