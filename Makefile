@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := demo
 LORA := lora/pytorch_lora_weights.safetensors
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,9 +33,14 @@ check: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
+docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m tools.docs
+	@echo "Look at site/index.html."
+
 format: .venv/installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf .venv $(DEMO) build dist
+	rm -rf .venv $(DEMO) build dist site .cache

@@ -58,6 +58,7 @@ def test_help_needs_no_heavy_library() -> None:
         "compare",
         "reproduce",
         "show",
+        "download",
         "recipes",
         "prompts",
         "rewards",
@@ -75,6 +76,18 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 )
 def test_lists(command: str, expected: str) -> None:
     assert expected in CliRunner().invoke(cli.app, [command]).stdout
+
+
+def test_download(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sd_folder: Path) -> None:
+    more = ["--set", f'evaluation.rewards=["{REWARD}", "emoji-aesthetic", "http://127.0.0.1:1"]']
+    code, out, _ = run(capsys, monkeypatch, "download", "emoji-ddpo", *settings(sd_folder), *more)
+    assert code == 0
+    assert out.splitlines() == [
+        f"model {sd_folder}: {sd_folder}",
+        f"reward {REWARD}: ready",
+        "reward emoji-aesthetic: ready",
+        "reward http://127.0.0.1:1: a server's, nothing to fetch",
+    ]
 
 
 def test_from_training_to_comparison(

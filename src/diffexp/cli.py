@@ -283,6 +283,18 @@ def ctl(
 
 
 @app.command()
+def download(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Fetch the model and the rewards that a recipe needs, for a machine without internet.
+
+    Example: diffexp download sd15-alignprop-diffexp --set reward=2*hpsv2+aesthetic
+    """
+    from diffexp.commands import read_recipe
+    from diffexp.download import download
+
+    download(read_recipe(recipe, overrides), typer.echo)
+
+
+@app.command()
 def push(
     run: RunFolder,
     to: Annotated[str, typer.Option(help="The repository on the hub, as user/name; made if need be.")],
