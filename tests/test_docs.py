@@ -44,6 +44,12 @@ def test_pages_name_settings_that_exist() -> None:
         assert wrong <= {"section.key", "algorithm.batch"}, page.name
 
 
+def test_the_loop_by_hand_runs() -> None:
+    mark = r"<!-- the test suite runs this block -->\n```python\n(.*?)```"
+    (block,) = re.findall(mark, (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block, "extending.md", "exec"), {})  # noqa: S102
+
+
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
