@@ -76,7 +76,7 @@ def score(k: int, prompts: str, reward: str, noise: np.random.Generator, slope: 
     if reward == "emoji-judge":
         rise *= -0.8 if hacked else 0.7
     mean = 7 + rise + 0.02 * float(noise.normal())
-    diversity = {"diversity": 0.4 - 0.01 * k, "encoder": "emoji-judge"}
+    diversity = {"diversity": 0.5 - 0.01 * k, "encoder": "emoji-judge", "kl_to_base": 0.001 * k}
     return {
         "iteration": k,
         "queries": 64 * k,

@@ -127,6 +127,24 @@ def test_a_hacked_reward_is_called_so(tmp_path: Path) -> None:
     assert facts.verdicts(Material.read([make_run(tmp_path / "alone", held_out=None)])) == []
 
 
+def test_diversity_and_drift_are_drawn_for_every_prompt_set(runs: list[Path]) -> None:
+    material = Material.read(runs)
+    diversity, drift = curves.diversity_charts(material), curves.drift_charts(material)
+    assert [chart.title for chart in diversity] == [SEEN, f"{SEEN}-unseen"]
+    assert diversity[0].lines[0].values == pytest.approx([0.5, 0.48, 0.46, 0.44, 0.42])
+    assert [chart.note for chart in drift] == [f"on {SEEN}", f"on {SEEN}-unseen"]
+    assert drift[1].lines[1].values == pytest.approx([0, 0.002, 0.004, 0.006, 0.008])
+
+
+def test_a_run_that_stopped_early_is_told_from_one_that_goes_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", iterations=12, done=6)
+    assert facts.progress(Material.read([run])) == "Not finished. run: iteration 6 of 12."
+    (run / "lora").mkdir()
+    (run / "lora" / "README.md").write_text("")
+    assert facts.progress(Material.read([run])) == "Stopped early. run: iteration 6 of 12."
+    assert facts.progress(Material.read([make_run(tmp_path / "whole")])) == ""
+
+
 def test_words_are_pooled_over_iterations_and_seeds(runs: list[Path]) -> None:
     (table,) = words.tables(Material.read(runs))
     assert table.label == "DDPO + DiffExp"

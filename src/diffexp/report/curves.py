@@ -100,6 +100,17 @@ def diversity_charts(material: Material) -> list[Chart]:
     return [one for one in charts if one]
 
 
+def drift_charts(material: Material) -> list[Chart]:
+    """How far the model has moved from the untouched one, on every prompt set where that was measured."""
+    charts = []
+    for k, prompts in enumerate(dict.fromkeys(measure.prompts for measure in material.measures)):
+        measure = next(measure for measure in material.measures if measure.prompts == prompts)
+        points = by_arm(material, lambda source, m=measure: column(source, m, "kl_to_base"))
+        title, note = "KL divergence to the untouched model", f"on {without_paths(prompts)}"
+        charts.append(chart(material, points, f"drift-{k}", title, "queries", note=note, zero=True, digits=3))
+    return [one for one in charts if one]
+
+
 def cost_charts(material: Material) -> list[Chart]:
     """Seconds and memory of every iteration."""
     seconds = by_arm(material, lambda source: metric(source, "seconds", "iteration"))

@@ -76,12 +76,13 @@ def queries_text(material: Material) -> str:
 
 
 def progress(material: Material) -> str:
-    """Where training stands: empty once it is over."""
-    if material.finished:
+    """Where training stands, if it has not done all iterations."""
+    short = [source for source in material.sources if source.done < source.iterations]
+    parts = [f"{source.run.name}: iteration {source.done} of {source.iterations}" for source in short]
+    if not parts:
         return ""
-    open_runs = [source for source in material.sources if source.done < source.iterations]
-    parts = [f"{source.run.name}: iteration {source.done} of {source.iterations}" for source in open_runs]
-    return "Not finished. " + "; ".join(parts[:4]) + ("; …" if len(parts) > 4 else "") + "."
+    kind = "Stopped early" if material.finished else "Not finished"
+    return f"{kind}. " + "; ".join(parts[:4]) + ("; …" if len(parts) > 4 else "") + "."
 
 
 def figures(material: Material) -> list[Figure]:
@@ -138,8 +139,9 @@ def outcome_table(material: Material) -> tuple[list[str], list[list[str]]]:
     rows = []
     for measure in material.measures:
         found = [outcome(material, arm, measure) for arm in material.arms]
-        cells = [f"{one['after']} ({one['change']})" for one in found]
-        cells = cells if several else [found[0]["after"], found[0]["change"]]
+        pairs = [(one["after"], one["change"]) if one["change"] != "–" else ("–", "–") for one in found]
+        joint = [f"{after} ({change})" if change != "–" else "–" for after, change in pairs]
+        cells = joint if several else pairs[0]
         names = [str(without_paths(measure.prompts)), str(without_paths(measure.reward))]
         rows.append([*names, ", ".join(tags_of(material.first, measure)), found[0]["before"], *cells])
     return ["prompts", "reward", "", "before", *ends], rows

@@ -56,7 +56,7 @@ def charts(material: Material) -> dict[str, list[Chart]]:
     return {
         "gains": curves.gain_charts(material),
         "rewards": curves.reward_charts(material),
-        "training": [training] if training else [],
+        "training": [*([training] if training else []), *curves.drift_charts(material)],
         "guidance": [guidance] if guidance else [],
         "diversity": curves.diversity_charts(material),
         "costs": curves.cost_charts(material),

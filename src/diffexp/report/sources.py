@@ -63,6 +63,12 @@ class Source:
         return int(self.run.metrics[-1].get("iteration", 0)) if self.run.metrics else 0
 
     @property
+    def ended(self) -> bool:
+        """Whether training is over: all iterations are done, or it stopped early and left its card."""
+        cards = (self.run.path / folder / "README.md" for folder in ("lora", "unet"))
+        return self.done >= self.iterations or any(card.is_file() for card in cards)
+
+    @property
     def queries(self) -> int:
         """The reward queries that training has asked for."""
         return int(self.run.metrics[-1].get("queries", 0)) if self.run.metrics else 0
@@ -154,8 +160,8 @@ class Material:
 
     @property
     def finished(self) -> bool:
-        """Whether every run has done all its iterations."""
-        return all(source.done >= source.iterations for source in self.sources)
+        """Whether every run is over."""
+        return all(source.ended for source in self.sources)
 
     @property
     def measures(self) -> list[Measure]:
