@@ -238,7 +238,7 @@ class Recipe(Settings):
     prompts: str = "animals"
     """A prompt set, a .txt or .jsonl file, or "text:one prompt"."""
     reward: str = "emoji-alignment"
-    """A reward's name, "module:function", "file.py:function", or a sum such as "2*hpsv2+aesthetic"."""
+    """A name, "module:function", "file.py:function", "http://host:port", or a sum such as "2*hpsv2+aesthetic"."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator where there is one."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
