@@ -245,7 +245,8 @@ def test_no_key_is_left_over(
 
 def test_every_layer_has_its_matrices_and_its_alpha(model: TextToImage, kohya: dict[str, Tensor]) -> None:
     """lora_down (rank, in, k, k), lora_up (out, rank, 1, 1), alpha the true one; float16."""
-    shapes = {stem: places(model)[place] for stem, place in stems(model).items()}
+    weights = places(model)
+    shapes = {stem: weights[place] for stem, place in stems(model).items()}
     names = {key.partition(".")[0] for key in kohya}
     assert set(kohya) == {f"{name}.{end}" for name in names for end in ("lora_down.weight", "lora_up.weight", "alpha")}
     for name in names:

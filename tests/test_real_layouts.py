@@ -25,8 +25,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ALGORITHMS = {"ddpo": {"name": "ddpo", "minibatches": 1}, "alignprop": {"name": "alignprop", "last_steps": 1}}
 
 
-def recipe(path: str, algorithm: str, **changes: Any) -> Recipe:
-    """Two iterations on a tiny model, the first with exploration."""
+def recipe(path: str, algorithm: str | dict[str, Any], **changes: Any) -> Recipe:
+    """Two iterations on a tiny model, the first with exploration; ``algorithm`` by name, or as a table."""
     settings = {
         "iterations": 2,
         "samples": 2,
@@ -36,7 +36,7 @@ def recipe(path: str, algorithm: str, **changes: Any) -> Recipe:
         "trackers": [],
         "model": {"path": path},
         "sampler": {"steps": 2},
-        "algorithm": ALGORITHMS[algorithm],
+        "algorithm": ALGORITHMS[algorithm] if isinstance(algorithm, str) else algorithm,
         "exploration": {"until": 0.5, "guidance": {"threshold": 500}, "words": {}},
         "evaluation": {"images": 1, "every": 2},
         "preview": {"images": 0},
@@ -56,6 +56,12 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_original(tmp_path_factory.mktemp("original") / kind, kind)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL's, where all kinds are alike."""
+    return write_original(tmp_path_factory.mktemp("original") / "one", "sdxl")
 
 
 @pytest.fixture
@@ -92,15 +98,15 @@ def test_training_from_the_hubs_cache_without_a_network(kind: str, folder: Path,
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
-def test_a_revision_is_resolved_to_its_commit(revision: str | None, folder: Path, offline: Path) -> None:
-    write_hub_cache(offline, "someone/model", folder, COMMIT)
+def test_a_revision_is_resolved_to_its_commit(revision: str | None, one: Path, offline: Path) -> None:
+    write_hub_cache(offline, "someone/model", one, COMMIT)
     found, source = hub.locate("someone/model", revision)
     assert source == Source("someone/model", COMMIT)
     assert (found / "model_index.json").is_file()
 
 
-def test_what_is_not_cached_is_one_clear_line(folder: Path, offline: Path) -> None:
-    write_hub_cache(offline, "someone/model", folder, COMMIT)
+def test_what_is_not_cached_is_one_clear_line(one: Path, offline: Path) -> None:
+    write_hub_cache(offline, "someone/model", one, COMMIT)
     with pytest.raises(UserError, match=r"model.path = 'someone/model': neither a folder nor a model that the hub"):
         models.load("someone/model", revision="another")
     with pytest.raises(UserError, match="neither a folder nor"):
@@ -185,19 +191,19 @@ def test_only_what_is_needed_is_downloaded(
 
 
 @pytest.mark.parametrize(("precision", "vae"), [("fp16", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_vae_is_never_fp16(folder: Path, precision: str, vae: torch.dtype) -> None:
-    model = models.load(str(folder), precision)
+def test_the_vae_is_never_fp16(one: Path, precision: str, vae: torch.dtype) -> None:
+    model = models.load(str(one), precision)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     assert (model.vae.dtype, model.decode(latents).dtype) == (vae, torch.float32)
-    exact = models.load(str(folder)).decode(latents)
+    exact = models.load(str(one)).decode(latents)
     assert (model.decode(latents) - exact).abs().max() < (1e-6 if precision == "fp16" else 0.05)
 
 
-def test_a_weight_that_lacks_is_no_random_number(folder: Path, tmp_path: Path) -> None:
+def test_a_weight_that_lacks_is_no_random_number(one: Path, tmp_path: Path) -> None:
     for part, lost in (("text_encoder", "text_model.final_layer_norm.weight"), ("unet", "conv_out.bias")):
         broken = tmp_path / part
-        for file in (path for path in folder.rglob("*") if path.is_file()):
-            target = broken / file.relative_to(folder)
+        for file in (path for path in one.rglob("*") if path.is_file()):
+            target = broken / file.relative_to(one)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())
         weights = next((broken / part).glob("*.safetensors"))
@@ -217,9 +223,9 @@ def test_a_weight_that_lacks_is_no_random_number(folder: Path, tmp_path: Path) -
     ],
 )
 def test_networks_of_another_kind_are_refused(
-    change: dict[str, Any], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any], message: str, one: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.load(str(folder))
+    model = models.load(str(one))
     for key, value in change.items():
         monkeypatch.setitem(model.unet_config, key, value)
         monkeypatch.setattr(model, "unet_config", type(model.unet_config)({**model.unet_config, **change}))

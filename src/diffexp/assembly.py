@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from diffexp import models, prompts, rewards
@@ -70,6 +71,16 @@ def sampler(recipe: Recipe, of: TextToImage) -> Sampler:
     return Sampler(of, of.schedule(settings.steps), of.latent_shape(settings.size), settings.eta)
 
 
+def one_shape(recipe: Recipe, on: Sampler, optimiser: Learner) -> Sampler:
+    """The sampler as policy gradients need it: rollout and update call the network with equally many samples.
+
+    Only float32 on a CPU needs no such care: there the shape of a batch moves no log-probability by as much as the clip
+    range. CUDA computes convolutions of float32 in TF32.
+    """
+    careless = recipe.model.precision == "fp32" and on.model.device.type == "cpu"
+    return on if careless else replace(on, rows=lambda: optimiser.batch.size)
+
+
 def exploration(recipe: Recipe, on: Sampler) -> Exploration:
     """What the recipe explores with; a threshold given as a fraction becomes a timestep of the sampler."""
     settings, high = recipe.exploration, recipe.sampler.guidance
@@ -91,7 +102,7 @@ def learner(recipe: Recipe, of: TextToImage, ranks: Ranks = ALONE) -> Learner:
 def ddpo(recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
     statistics = PromptAdvantages(settings.buffer, settings.min_count) if settings.advantages == "prompt" else None
     return DDPO(
-        sampler=on,
+        sampler=one_shape(recipe, on, optimiser),
         learner=optimiser,
         reward=scorer,
         clip=settings.clip,

@@ -153,7 +153,7 @@ class Learner:
     def state(self) -> dict[str, Tensor]:
         """The optimiser's tensors, as ``<parameter>.<exp_avg | exp_avg_sq | step>``."""
         return {
-            f"{name}.{key}": tensor.detach().cpu().clone()
+            f"{name}.{key}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, parameter in self.parameters.items()
             for key, tensor in self.optimizer.state.get(parameter, {}).items()
         }

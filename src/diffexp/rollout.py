@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,15 +69,15 @@ class Sampler:
     """DDIM over a model's noise schedule; ``eta`` 1 is stochastic, 0 deterministic.
 
     Rollout and update share ``transition``, so that they can't disagree. Where ``rows`` is given, every call of the
-    network has that many samples: larger batches are cut, smaller ones filled up. A kernel that rounds to bf16, fp16 or
-    TF32 rounds by the shape of its input; with one shape the on-policy ratio is 1 in any precision.
+    network has ``rows()`` samples: larger batches are cut, smaller ones filled up. A kernel that computes in bf16, fp16
+    or TF32 rounds by the shape of its input; with one shape the on-policy ratio is 1 in every precision.
     """
 
     model: TextToImage
     schedule: NoiseSchedule
     latent: LatentShape
     eta: float = 1.0
-    rows: int | None = None
+    rows: Callable[[], int] | None = None
 
     @property
     def steps(self) -> int:
@@ -95,7 +95,7 @@ class Sampler:
 
     def calls(self, count: int) -> Iterator[tuple[list[int], int]]:
         """The samples of each network call for ``count`` samples, and how many of them are not there to fill it up."""
-        size = self.rows or count
+        size = self.rows() if self.rows else count
         for start in range(0, count, size):
             own = list(range(start, min(start + size, count)))
             yield own + own[-1:] * (size - len(own)), len(own)

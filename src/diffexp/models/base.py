@@ -182,7 +182,10 @@ class TextToImage(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """Copies of the tensors that fine-tuning changes; adapters' as ``<layer>.lora_A.weight`` (rank × in)."""
-        return {key_of(name): parameter.detach().cpu().clone() for name, parameter in self.trainable()}
+        return {
+            key_of(name): parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, parameter in self.trainable()
+        }
 
     def set_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores what ``state`` returned.

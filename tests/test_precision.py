@@ -1,0 +1,91 @@
+"""In bf16 the on-policy ratio is 1 before the first update, at every timestep and guidance scale.
+
+A kernel that computes in bf16 rounds by the shape of its input. Where rollout and update differ in it, many ratios are
+outside DDPO's clip range of 1e-4, are clipped, and teach nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import disturb
+from test_real_layouts import metrics, recipe
+
+from diffexp import assembly, models, train
+from diffexp.algorithms.ddpo import DDPO
+from diffexp.exploration import Exploration, WordWeighting
+from diffexp.models import TextToImage, lora
+from diffexp.rollout import Batch, Sampler
+
+PROMPTS = ["a cat", "a bike", "a red dog"]
+SCALES = (0.0, 0.5, 1.0, 5.0)
+
+
+@pytest.fixture(scope="module", params=["emoji", "sdxl"])
+def bf16(request: pytest.FixtureRequest) -> TextToImage:
+    name = "emoji" if request.param == "emoji" else str(request.getfixturevalue("xl_folder"))
+    model = models.load(name, "bf16")
+    lora.add(model, rank=2, seed=1, text_targets=lora.TEXT_ATTENTION if request.param == "sdxl" else ())
+    disturb(model)
+    return model
+
+
+@pytest.mark.parametrize("w", SCALES)
+def test_the_on_policy_ratio_is_one_in_bf16(bf16: TextToImage, w: float) -> None:
+    """Rolled out in batches of 3, updated in batches of 2 in another order: at all timesteps of the sampler."""
+    sampler = Sampler(bf16, bf16.schedule(3), bf16.latent_shape(), rows=lambda: 2)
+    batch = Batch(PROMPTS, bf16.encode(PROMPTS), lambda t: w, [(0, k) for k in range(3)])
+    path = sampler.rollout(batch.explored(Exploration(words=WordWeighting(1.1, 1.5))), size=3)
+    for i in range(sampler.steps):
+        for rows in ([2, 0], [1]):
+            text = sampler.current([PROMPTS[row] for row in rows], path.text.select(rows))
+            density = sampler.transition(path.latents[i, rows], i, text, w).log_prob(path.latents[i + 1, rows])
+            assert ((density - path.log_probs[i, rows]).exp() - 1).abs().max() <= 1e-4
+
+
+def test_what_is_float32_in_bf16(bf16: TextToImage) -> None:
+    """The adapter, stored latents, log-probabilities and images; the frozen weights are not."""
+    sampler = Sampler(bf16, bf16.schedule(1), bf16.latent_shape())
+    path = sampler.rollout(Batch(["a cat"], bf16.encode(["a cat"]), lambda t: 1.0, [(0,)]), 1)
+    tensors = (path.latents, path.log_probs, path.images, *(p for _, p in bf16.trainable()))
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    assert bf16.dtype == torch.bfloat16
+
+
+def test_a_recipe_in_bf16_starts_on_policy(xl_folder: Path, tmp_path: Path) -> None:
+    """Through the whole training, with batches that differ and don't divide the samples."""
+    changes = {"model.precision": "bf16", "samples": 5, "rollout.batch": 4, "update.batch": 3, "iterations": 1}
+    line = metrics(train(recipe(str(xl_folder), "ddpo", **changes), tmp_path / "run"))[0]
+    assert (line["ratio_deviation"], line["clip_fraction"]) == (0, 0)
+    assert line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("precision", "fixed"), [("fp32", False), ("bf16", True)])
+def test_only_rounding_precisions_fix_the_shape(xl_folder: Path, precision: str, fixed: bool) -> None:
+    settings = recipe(str(xl_folder), "ddpo", **{"model.precision": precision, "update.batch": 3})
+    model = assembly.model(settings)
+    assembly.make_trainable(settings, model)
+    sampler = assembly.sampler(settings, model)
+    ddpo = assembly.algorithm(settings, sampler, assembly.learner(settings, model), lambda images, prompts: images)
+    assert isinstance(ddpo, DDPO)
+    assert (ddpo.sampler.rows is not None) == fixed
+    assert not fixed or ddpo.sampler.rows() == 3
+    assert sampler.rows is None, "evaluation keeps its own batches"
+
+
+def test_filling_up_changes_no_result(xl_folder: Path) -> None:
+    """Five samples in calls of 3 are what they are in one call, and carry the same gradient."""
+    model = models.load(str(xl_folder))
+    lora.add(model, rank=2, seed=1)
+    disturb(model)
+    plain = Sampler(model, model.schedule(2), model.latent_shape())
+    text, x = model.encode([*PROMPTS, "a", "b"]), torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for sampler in (plain, replace(plain, rows=lambda: 3)):
+        mean = sampler.transition(x, 0, text, 5.0).mean
+        gradients.append(torch.autograd.grad(mean.square().sum(), [p for _, p in model.trainable()]))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
