@@ -116,7 +116,7 @@ def outcome(material: Material, arm: Arm, measure: Measure) -> dict[str, str]:
     """Before and after of an arm on one measure: the mean over seeds, its interval, and the change."""
     found = [source.scores[measure] for source in material.members(arm) if source.scores.get(measure)]
     if not found:
-        return dict.fromkeys(("before", "after", "change", "interval", "detail"), "–")
+        return dict.fromkeys(("before", "after", "change", "detail"), "–")
     before = sum(lines[0]["mean"] for lines in found) / len(found)
     finals = [final_reward([line["mean"] for line in lines]) for lines in found]
     after = bootstrap_mean(finals)
@@ -127,7 +127,6 @@ def outcome(material: Material, arm: Arm, measure: Measure) -> dict[str, str]:
         "before": number(before),
         "after": number(after.value),
         "change": change,
-        "interval": interval,
         "detail": f"{detail}{', 95 % ' + interval if interval else ''}",
     }
 

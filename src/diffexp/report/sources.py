@@ -13,7 +13,7 @@ from diffexp import prompts as prompt_sets
 from diffexp.errors import UserError
 from diffexp.rewards.spec import parse
 from diffexp.runs import Measure, Run, objects, read_config
-from diffexp.study import Arm, arms_of, baseline_of
+from diffexp.study import Arm, arms_of
 
 LISTED = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "exploration.jsonl", "environment.json")
 """The files of a run that a report is made from, besides the previews."""
@@ -144,10 +144,6 @@ class Material:
         """The runs of an arm."""
         return [self.of(run) for run in arm.runs.values()]
 
-    def baseline(self, arm: Arm) -> Arm:
-        """The arm that this one is measured against; itself if it explores nothing."""
-        return baseline_of(arm, self.arms)
-
     @property
     def first(self) -> Source:
         """The run whose settings stand for what all have in common."""
@@ -170,13 +166,9 @@ class Material:
         goal = self.objective
         return sorted(found, key=lambda m: (m != goal, m.prompts != goal.prompts, m.reward != goal.reward))
 
-    def stamp(self) -> str:
-        """A text that changes whenever a report of these runs would."""
-        return stamp([source.run.path for source in self.sources])
-
 
 def stamp(paths: Sequence[str | Path]) -> str:
-    """Names, sizes and times of what a report is made from."""
+    """Names, sizes and times of what a report is made from: another text whenever the report may be another."""
     parts = []
     for path in map(Path, paths):
         files = [path / name for name in LISTED]

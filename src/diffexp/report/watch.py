@@ -54,8 +54,8 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, runs: Sequence[str | Path], port: int) -> None:
-        self.newest = Newest(runs)
+    def __init__(self, newest: Newest, port: int) -> None:
+        self.newest = newest
         super().__init__((HOST, port), Handler)
 
     @property
@@ -100,7 +100,8 @@ def serve(runs: Sequence[str | Path], port: int) -> Server:
     Raises:
         UserError: if a folder is no run, or the port is taken.
     """
+    newest = Newest(runs)
     try:
-        return Server(runs, port)
+        return Server(newest, port)
     except OSError as error:
         raise UserError(f"--port {port}: can't listen there ({error.strerror}); --port 0 takes a free one") from error
