@@ -63,6 +63,10 @@ def test_help_needs_no_heavy_library() -> None:
         "prompts",
         "rewards",
         "serve-reward",
+        "ctl",
+        "push",
+        "doctor",
+        "config-schema",
     ],
 )
 def test_every_command_has_help_with_an_example(command: str) -> None:

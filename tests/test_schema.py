@@ -10,8 +10,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+from typer.testing import CliRunner
 
-from diffexp import completion
+from diffexp import cli, completion
 from diffexp.config import Recipe
 from diffexp.doctor import RESERVE
 from diffexp.errors import UserError
@@ -150,3 +151,16 @@ def test_the_shell_is_told() -> None:
         [sys.executable, "-c", code], env={**os.environ, **words}, capture_output=True, text=True, check=False
     )
     assert told.stdout.split() == ["sd15-alignprop", "sd15-alignprop-diffexp"]
+
+
+def test_subcommands_have_help_with_an_example() -> None:
+    for command in (["recipes", "copy"], ["rewards", "check"]):
+        text = CliRunner().invoke(cli.app, [*command, "--help"], terminal_width=200).stdout
+        assert f"Example: diffexp {' '.join(command)}" in " ".join(text.split())
+
+
+def test_a_recipe_is_copied_and_its_schema_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(cli.app, ["recipes", "copy", "demo"]).exit_code == 0
+    assert Recipe.load("demo.toml") == Recipe.load("demo")
+    assert CliRunner().invoke(cli.app, ["config-schema"]).stdout == to_json()

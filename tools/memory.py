@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -85,12 +85,18 @@ class FusedAttention(torch.autograd.Function):
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, for as long as each lives."""
+    """Counts the bytes of all tensors that are made while it is on, for as long as each lives.
 
-    def __init__(self) -> None:
+    Views of the parameters of ``modules`` are nothing new.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self.known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -110,12 +116,12 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-def peak(work: Callable[[], object]) -> int:
-    """The most bytes that ``work`` has alive at once, besides what was there before."""
+def peak(work: Callable[[], object], modules: Sequence[nn.Module]) -> int:
+    """The most bytes that ``work`` has alive at once, besides the parameters of the modules that it calls."""
     attention = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v)
     try:
-        with torch.device("meta"), Meter() as meter:
+        with torch.device("meta"), Meter(modules) as meter:
             work()
     finally:
         functional.scaled_dot_product_attention = attention
@@ -168,6 +174,7 @@ def phases(recipe: Recipe) -> Mapping[str, float]:
     with torch.device("meta"):
         towers = [CLIPVisionModel(CLIPVisionConfig(**VISION[REWARDS[name][1]])).requires_grad_(False) for name in names]
     rewards = sum(4 * REWARDS[name][0] for name in names)
+    modules = [model.unet, model.vae, *towers]
     adapter = sum(p.numel() for _, p in model.trainable())
     always = size(model.unet, model.vae, *model.text_encoders().values()) + rewards + 3 * 4 * adapter
     algorithm, rollout, update = recipe.algorithm, recipe.rollout.batch, recipe.update.batch
@@ -187,17 +194,17 @@ def phases(recipe: Recipe) -> Mapping[str, float]:
         score(model.decode(denoise(count, 1)))
 
     def backpropagate(steps: int) -> int:
-        return peak(lambda: score(model.decode(denoise(update, steps))).backward())
+        return peak(lambda: score(model.decode(denoise(update, steps))).backward(), modules)
 
     def policy_gradient() -> None:
         denoise(update, 1).square().mean().backward()
 
-    found = {"always": always, "rollout": peak(lambda: paint(rollout))}
+    found = {"always": always, "rollout": peak(lambda: paint(rollout), modules)}
     if isinstance(algorithm, DDPOSettings):
         pixels = shape[1] * shape[2] * model.pixels**2
         latents = shape[0] * shape[1] * shape[2]
         kept = 4 * recipe.samples * ((recipe.sampler.steps + 1) * latents + 3 * pixels)
-        found = {**found, "always": always + kept, "update": peak(policy_gradient)}
+        found = {**found, "always": always + kept, "update": peak(policy_gradient, modules)}
     else:
         # each further step that learns takes as much more as the second one
         one, two = backpropagate(1), backpropagate(2)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
-from diffexp import models, prompts, rewards
+from diffexp import models, own, prompts, rewards
 from diffexp.algorithms import DDPO, Algorithm, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.algorithms.advantages import PromptAdvantages
 from diffexp.algorithms.base import Scorer
-from diffexp.config import AlignPropSettings, DDPOSettings, Recipe, ReFLSettings, RWRSettings
+from diffexp.config import AlignPropSettings, DDPOSettings, OwnAlgorithmSettings, Recipe, ReFLSettings, RWRSettings
 from diffexp.devices import device
 from diffexp.errors import UserError
 from diffexp.evaluation import Evaluator
 from diffexp.exploration import Exploration, StepGuidance, WordWeighting
 from diffexp.learner import Learner
 from diffexp.lora_header import DIFFUSERS_FILE
+from diffexp.memory import MicroBatch
 from diffexp.models import TextToImage, full, lora
 from diffexp.parallel import ALONE, Ranks
 from diffexp.rewards import features
@@ -91,34 +93,46 @@ def exploration(recipe: Recipe, on: Sampler) -> Exploration:
         else:
             schedule = StepGuidance(guidance.low, high, 900 if guidance.threshold is None else guidance.threshold)
     words = WordWeighting(**settings.words.model_dump()) if settings.words else None
-    return Exploration(schedule, words, settings.until)
+    strategy = own.find("exploration strategy", settings.strategy) if settings.strategy else None
+    return Exploration(schedule, words, settings.until, strategy)
+
+
+def rollouts(recipe: Recipe) -> MicroBatch:
+    """How many images are sampled at once; one object for all that sample, so that all learn what fits."""
+    return MicroBatch(recipe.rollout.batch, "rollout.batch")
 
 
 def learner(recipe: Recipe, of: TextToImage, ranks: Ranks = ALONE) -> Learner:
     """AdamW on the model's trainable parameters."""
-    return Learner(of.trainable(), **recipe.optimizer.model_dump(), ranks=ranks)
+    batch = MicroBatch(recipe.update.batch, "update.batch")
+    return Learner(
+        of.trainable(),
+        **recipe.optimizer.model_dump(),
+        ranks=ranks,
+        batch=batch,
+    )
 
 
-def ddpo(recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
-    statistics = PromptAdvantages(settings.buffer, settings.min_count) if settings.advantages == "prompt" else None
+def ddpo(
+    recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
+) -> Algorithm:
+    statistics = PromptAdvantages(min_count=settings.min_count) if settings.advantages == "prompt" else None
     return DDPO(
         sampler=one_shape(recipe, on, optimiser),
         learner=optimiser,
         reward=scorer,
         clip=settings.clip,
-        advantage_clip=settings.advantage_clip,
         inner_epochs=settings.inner_epochs,
         minibatches=settings.minibatches,
         advantages=statistics,
         min_timestep=settings.min_timestep,
         kl=settings.kl,
-        rollout_batch=recipe.rollout.batch,
-        update_batch=recipe.update.batch,
+        rollout_batch=batch,
     )
 
 
 def alignprop(
-    recipe: Recipe, settings: AlignPropSettings, on: Sampler, optimiser: Learner, scorer: Scorer
+    recipe: Recipe, settings: AlignPropSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
 ) -> Algorithm:
     return AlignProp(
         sampler=on,
@@ -127,17 +141,30 @@ def alignprop(
         truncation=settings.truncation,
         last_steps=settings.last_steps or on.steps,
         copies=settings.copies,
-        update_batch=recipe.update.batch,
     )
 
 
-def refl(recipe: Recipe, settings: ReFLSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
-    return ReFL(on, optimiser, scorer, settings.last_steps, recipe.update.batch)
+def refl(
+    recipe: Recipe, settings: ReFLSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
+) -> Algorithm:
+    return ReFL(on, optimiser, scorer, settings.last_steps)
 
 
-def rwr(recipe: Recipe, settings: RWRSettings, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
-    batches = (recipe.rollout.batch, recipe.update.batch)
-    return RewardWeightedRegression(on, optimiser, scorer, settings.temperature, settings.draws, *batches)
+def rwr(
+    recipe: Recipe, settings: RWRSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
+) -> Algorithm:
+    return RewardWeightedRegression(on, optimiser, scorer, settings.temperature, rollout_batch=batch)
+
+
+def users(
+    recipe: Recipe, settings: OwnAlgorithmSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
+) -> Algorithm:
+    make, options = own.find("algorithm", settings.name), settings.model_extra or {}
+    try:
+        signature(make).bind(on, optimiser, scorer, **options)
+    except TypeError as error:
+        raise UserError(f"algorithm {settings.name!r} can't be made with {sorted(options)}: {error}") from error
+    return make(one_shape(recipe, on, optimiser), optimiser, scorer, **options)
 
 
 ALGORITHMS: dict[type, Callable[..., Algorithm]] = {
@@ -145,20 +172,31 @@ ALGORITHMS: dict[type, Callable[..., Algorithm]] = {
     AlignPropSettings: alignprop,
     ReFLSettings: refl,
     RWRSettings: rwr,
+    OwnAlgorithmSettings: users,
 }
 
 
-def algorithm(recipe: Recipe, on: Sampler, optimiser: Learner, scorer: Scorer) -> Algorithm:
-    """The recipe's algorithm, ready to step."""
-    on.model.checkpointing(recipe.update.checkpoint_unet, recipe.update.checkpoint_decoder)
-    return ALGORITHMS[type(recipe.algorithm)](recipe, recipe.algorithm, on, optimiser, scorer)
+def algorithm(
+    recipe: Recipe, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch | None = None
+) -> Algorithm:
+    """The recipe's algorithm, ready to step; ``batch`` images are sampled at once."""
+    on.model.checkpointing("unet" in recipe.update.checkpoint, "decoder" in recipe.update.checkpoint)
+    make = ALGORITHMS[type(recipe.algorithm)]
+    return make(recipe, recipe.algorithm, on, optimiser, scorer, batch or rollouts(recipe))
 
 
-def evaluator(recipe: Recipe, on: Sampler, known: dict[str, Reward] | None = None, ranks: Ranks = ALONE) -> Evaluator:
+def evaluator(
+    recipe: Recipe,
+    on: Sampler,
+    known: dict[str, Reward] | None = None,
+    ranks: Ranks = ALONE,
+    batch: MicroBatch | None = None,
+) -> Evaluator:
     """What the reward curves are made of; rewards in ``known`` are not loaded again."""
     sets = {name: prompts.load(name) for name in recipe.evaluation.prompts or (recipe.prompts,)}
     trained = tuple(member.name for member in parse(recipe.reward))
-    names = recipe.evaluation.rewards or trained
+    held_out = recipe.evaluation.held_out
+    names = dict.fromkeys((*(recipe.evaluation.rewards or trained), *([held_out] if held_out else [])))
     where = on.model.device
     functions = {name: (known or {}).get(name) or rewards.load(name, where) for name in names}
     return Evaluator(
@@ -167,8 +205,8 @@ def evaluator(recipe: Recipe, on: Sampler, known: dict[str, Reward] | None = Non
         sets,
         {name: on.model.encode(texts) for name, texts in sets.items()},
         functions,
+        batch or rollouts(recipe),
         recipe.evaluation.images,
-        recipe.rollout.batch,
         ranks,
         features.choose(functions, trained),
     )

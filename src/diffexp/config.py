@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
+from diffexp import own, rewards
 from diffexp import prompts as prompt_sets
-from diffexp import rewards
 from diffexp.errors import UserError
 from diffexp.mistakes import mistakes
 from diffexp.toml import assign, check_depth, read_toml, toml_lines
@@ -19,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Side = Annotated[int, Field(ge=1, le=8192)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 # The appendix of the paper, where its two algorithms differ: learning rate and guidance scale. AlignProp's gradient
 # norm is bounded by 5 in its own code.
@@ -113,6 +115,7 @@ class WordExploration(Settings):
     low: Annotated[float, Field(ge=0)] = 1.0
     """w_prompt of Eq. 8 is drawn from U(low, high)."""
     high: Annotated[float, Field(ge=0)] = 1.2
+    """The other end of that range."""
     unit: Literal["word", "token"] = "word"
     """Weight all tokens of a word, or single tokens."""
 
@@ -130,10 +133,20 @@ class ExplorationSettings(Settings):
     """Dynamic scheduling of the guidance scale (Eq. 7); absent: off."""
     words: WordExploration | None = None
     """Random prompt weighting (Eq. 8); absent: off."""
+    strategy: str | None = None
+    """Your own, after the two: a function from batch to batch, as "module:function" or "file.py:function"."""
+
+    @field_validator("strategy")
+    @classmethod
+    def known_strategy(cls, value: str | None) -> str | None:
+        if value is not None:
+            own.check("exploration strategy", value)
+        return value
 
 
 class DDPOSettings(Settings):
     name: Literal["ddpo"] = "ddpo"
+    """Policy gradient: takes any reward."""
     clip: Annotated[float, Field(gt=0)] = 1e-4
     """Clip range of the importance ratio."""
     inner_epochs: Positive = 1
@@ -142,9 +155,6 @@ class DDPOSettings(Settings):
     """Optimiser steps in each pass."""
     advantages: Literal["prompt", "batch"] = "prompt"
     """Normalise rewards by the prompt's own past rewards, or within the iteration."""
-    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    buffer: Positive = 32
-    """Rewards remembered of each prompt."""
     min_count: Positive = 16
     """Rewards a prompt needs before its own statistics count."""
     min_timestep: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -155,6 +165,7 @@ class DDPOSettings(Settings):
 
 class AlignPropSettings(Settings):
     name: Literal["alignprop"] = "alignprop"
+    """The reward's gradient, through the last K steps: needs a reward that has one."""
     truncation: Literal["random", "fixed", "each-step"] = "random"
     """K drawn once an iteration, K fixed (DRaFT), or the original code's draw at every step."""
     last_steps: Positive | None = None
@@ -171,23 +182,52 @@ class AlignPropSettings(Settings):
 
 class ReFLSettings(Settings):
     name: Literal["refl"] = "refl"
+    """The reward's gradient, through one late step."""
     last_steps: Positive = 10
     """The one step that learns is drawn from the last so many (ReFL: 10 of 40)."""
 
 
 class RWRSettings(Settings):
     name: Literal["rwr"] = "rwr"
+    """Denoising of the model's own samples, weighted by reward: takes any reward."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Weights are exp(reward / temperature), in units of the rewards' own spread."""
-    draws: Positive = 4
-    """Timesteps at which each sample is denoised."""
+
+
+class OwnAlgorithmSettings(Settings, extra="allow"):
+    name: Annotated[str, Field(pattern=":")]
+    """Your own: a class, as "module:Class" or "file.py:Class". Every other key goes to its constructor."""
+
+
+def algorithm_kind(settings: Any) -> str:
+    """Which of the algorithms' settings these are, given as a table or read already."""
+    name = str(settings.get("name") if isinstance(settings, Mapping) else getattr(settings, "name", None))
+    return "own" if ":" in name else name
+
+
+AlgorithmSettings = Annotated[
+    Annotated[DDPOSettings, Tag("ddpo")]
+    | Annotated[AlignPropSettings, Tag("alignprop")]
+    | Annotated[ReFLSettings, Tag("refl")]
+    | Annotated[RWRSettings, Tag("rwr")]
+    | Annotated[OwnAlgorithmSettings, Tag("own")],
+    Discriminator(
+        algorithm_kind,
+        custom_error_type="algorithm",
+        custom_error_message="give a table with a name: 'ddpo', 'alignprop', 'refl', 'rwr', or 'file.py:Class'",
+    ),
+]
 
 
 class OptimizerSettings(Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Of AdamW; 3e-4 for ddpo and rwr, 1e-3 for alignprop and refl."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.99)
+    """How slowly AdamW forgets a gradient, and its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """A longer gradient is scaled down to this norm; 1 for ddpo and rwr, 5 for alignprop and refl."""
 
 
 class RolloutSettings(Settings):
@@ -200,10 +240,8 @@ class RolloutSettings(Settings):
 class UpdateSettings(Settings):
     batch: Positive = 4
     """Images in one backward pass: memory only."""
-    checkpoint_unet: bool = False
-    """Recompute the network's blocks in the backward pass: less memory, more time."""
-    checkpoint_decoder: bool = False
-    """The same for the VAE's decoder."""
+    checkpoint: tuple[Literal["unet", "decoder"], ...] = ()
+    """What the backward pass computes again, the network's blocks or the VAE's decoder: less memory, more time."""
 
 
 class EvaluationSettings(Settings):
@@ -215,41 +253,49 @@ class EvaluationSettings(Settings):
     """Rewards; default: the training reward."""
     images: Positive = 10
     """Images of each prompt, from the same noise every time."""
+    held_out: str | None = None
+    """A reward that training never sees: the LoRA that earned most of it is kept in best/."""
+    patience: Positive | None = None
+    """Stop after so many evaluations in a row without more of the held-out reward; default: never."""
 
 
 class PreviewSettings(Settings):
     every: Positive = 10
+    """Iterations from one preview to the next; the first is before training, the last after it."""
     images: Annotated[int, Field(ge=0)] = 8
     """Images painted from fixed noise, of prompts spread over the training set; as many of unseen ones it evaluates."""
 
 
 class CheckpointSettings(Settings):
     every: Positive = 10
+    """Iterations from one checkpoint to the next; a run that is stopped leaves one as well."""
     keep_last: Positive = 2
+    """Checkpoints that stay."""
 
 
 class Recipe(Settings):
     """A whole run. Its sections are the classes above."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """All noise, and the choice of prompts and words, hangs on it."""
     iterations: Positive = 100
+    """Each samples, scores and learns once."""
     samples: Positive = 64
     """Images an iteration."""
     prompts: str = "animals"
-    """A prompt set, a .txt or .jsonl file, or "text:one prompt"."""
+    """A prompt set, a .txt or .jsonl file, a table's column as "file.csv#column" or "hub:org/name#column" (needs
+    diffexp[datasets]), or "text:one prompt"."""
     reward: str = "emoji-alignment"
     """A name, "module:function", "file.py:function", "http://host:port", or a sum such as "2*hpsv2+aesthetic"."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator where there is one."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl; tensorboard only where it is installed."""
     model: ModelSettings = ModelSettings()
     lora: LoraSettings = LoraSettings()
     sampler: SamplerSettings = SamplerSettings()
     exploration: ExplorationSettings = ExplorationSettings()
-    algorithm: Annotated[DDPOSettings | AlignPropSettings | ReFLSettings | RWRSettings, Field(discriminator="name")] = (
-        DDPOSettings()
-    )
+    algorithm: AlgorithmSettings = DDPOSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     rollout: RolloutSettings = RolloutSettings()
     update: UpdateSettings = UpdateSettings()
@@ -308,6 +354,13 @@ class Recipe(Settings):
                 yield f"reward = {self.reward!r} has no gradient, which {algorithm.name} needs: take another, or ddpo"
         elif isinstance(algorithm, DDPOSettings) and self.sampler.eta == 0:
             yield "sampler.eta = 0 is deterministic, and ddpo needs a density: take eta = 1"
+        elif isinstance(algorithm, OwnAlgorithmSettings):
+            yield from complaint("algorithm.name", partial(own.check, "algorithm"), algorithm.name)
+        if self.exploration.strategy and self.lora.text_encoders:
+            yield (
+                f"exploration.strategy = {self.exploration.strategy!r} may change the text, which lora.text_encoders = "
+                "true embeds anew in every update: leave one of them out"
+            )
         if self.model.train == "unet":
             yield from self.problems_of_the_whole_network()
         if self.samples % self.rollout.images_per_prompt:
@@ -319,6 +372,10 @@ class Recipe(Settings):
             yield from complaint("evaluation.prompts", prompt_sets.check, name)
         for name in self.evaluation.rewards or ():
             yield from complaint("evaluation.rewards", rewards.check_name, name)
+        if self.evaluation.held_out is not None:
+            yield from complaint("evaluation.held_out", rewards.check_name, self.evaluation.held_out)
+        elif self.evaluation.patience is not None:
+            yield f"evaluation.patience = {self.evaluation.patience} needs a reward to look at: set evaluation.held_out"
 
     def problems_of_the_whole_network(self) -> Iterable[str]:
         """What does not go together with fine-tuning the whole denoising network."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxtyping import Float
+from torch import Tensor
+
 from diffexp.exploration import ConstantGuidance
+from diffexp.memory import MicroBatch
+from diffexp.parallel import ALONE, Ranks
 from diffexp.records import PROMPTS, SETS, grid, save_images, to_images
 from diffexp.rollout import Batch, Sampler
 from diffexp.text import TextEmbedding, concatenate
@@ -42,11 +49,26 @@ class Preview(NamedTuple):
         )
         return cls(sampler, batch, [name for name, _ in picked])
 
-    def paint(self, folder: Path, iteration: int, size: int) -> None:
-        """Writes the images of one moment, a sheet of them, and what they show; ``size`` images are made at once."""
-        pictures = to_images(self.sampler.rollout(self.batch, size).images)
-        name = f"iteration-{iteration:04d}"
-        save_images(pictures, folder / name)
-        grid(pictures).save(folder / f"{name}.png")
-        for file, content in ((PROMPTS, self.batch.prompts), (SETS, self.sets)):
-            (folder / file).write_text(json.dumps(list(content), indent=1), encoding="utf-8")
+    def paint(self, rollouts: MicroBatch, ranks: Ranks = ALONE) -> Float[Tensor, "B 3 h w"]:
+        """The images, each painted by one of the ranks, and known to all."""
+        count = len(self.batch.prompts)
+        own = ranks.share(count)
+        # whoever has nothing to paint, among many, paints the first for nothing: its tensors have the right shape
+        images = rollouts.fit(partial(self.sampler.rollout, self.batch.select(own or [0]))).images
+        return ranks.gather(images[: len(own)], count)
+
+    def write(self, images: Float[Tensor, "B 3 h w"], folder: Path, iteration: int) -> None:
+        """Writes the images of one moment, a sheet of them, and what they show.
+
+        Raises:
+            OSError: if the disk refuses; nothing of this moment stays then.
+        """
+        pictures, moment = to_images(images), folder / f"iteration-{iteration:04d}"
+        try:
+            save_images(pictures, moment)
+            for file, content in ((PROMPTS, self.batch.prompts), (SETS, self.sets)):
+                (folder / file).write_text(json.dumps(list(content), indent=1), encoding="utf-8")
+            grid(pictures).save(moment.with_suffix(".png"))
+        except OSError:
+            shutil.rmtree(moment, ignore_errors=True)
+            raise

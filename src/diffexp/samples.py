@@ -7,6 +7,7 @@ what it would have added to statistics and gradients. What is learned is what th
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def faults(**stages: Tensor) -> dict[int, Fault]:
     """The rows that went bad, and how. Tensors are (B, …) and come in the order of the stages."""
     found: dict[int, Fault] = {}
     for stage, tensor in stages.items():
-        rows = tensor.detach().reshape(len(tensor), -1)
+        rows = tensor.detach().reshape(len(tensor), prod(tensor.shape[1:]))
         for row in (~rows.isfinite().all(1)).nonzero().flatten().tolist():
             found.setdefault(row, Fault(stage, float(rows[row][~rows[row].isfinite()][0])))
     return found
@@ -93,8 +94,8 @@ class Samples:
         sample = min(self.dropped, key=lambda sample: (STAGES.index(self.dropped[sample].stage), sample))
         stage, value = self.dropped[sample]
         return (
-            f"{len(self.dropped)} of {len(self.prompts)} samples went bad, more than update.max_dropped = "
-            f"{self.max_dropped:g} allows; the earliest stage with a bad number is the {stage}, {value} for the prompt "
+            f"{len(self.dropped)} of {len(self.prompts)} samples went bad, and at most {self.max_dropped:.0%} may; "
+            f"the earliest stage with a bad number is the {stage}, {value} for the prompt "
             f"{self.prompts[sample]!r}: {REMEDIES[stage]}"
         )
 

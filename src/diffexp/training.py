@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffexp import assembly, card, checkpoint, prompts, rewards
+from diffexp import assembly, card, checkpoint, control, prompts, report, rewards
 from diffexp.config import Recipe
 from diffexp.environment import describe as describe_environment
 from diffexp.environment import peak_memory
@@ -20,17 +22,24 @@ from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
 from diffexp.ledger import describe as describe_exploration
 from diffexp.links import check_links
+from diffexp.memory import agree
 from diffexp.parallel import join
 from diffexp.preview import Preview
 from diffexp.randomness import generator
 from diffexp.records import CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS, JsonLines
 from diffexp.reporter import Reporter
-from diffexp.rewards.base import score
+from diffexp.rewards.base import score_or_nan
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
 from diffexp.run_header import made_by
-from diffexp.tracking import Trackers
+from diffexp.samples import describe as describe_dropped
+from diffexp.samples import summary
+from diffexp.stopping import EarlyStopping
+from diffexp.tracking import Trackers, trackers_of
 from diffexp.version import __version__
+
+KL_IMAGES = 8  # of each set, on which the KL divergence to the untouched model is measured
+PREVIEWS = 8  # images of a preview that the recipe does not have, and someone asks for
 
 
 class State(NamedTuple):
@@ -49,6 +58,7 @@ class Training:
         self.reporter = reporter if reporter and self.ranks.main else Reporter()
         if recipe.samples < self.ranks.size:
             raise UserError(f"samples = {recipe.samples}: {self.ranks.size} processes need at least one each")
+        trackers_of(recipe)  # says what is missing before anything is loaded
         self.prompts = prompts.load(recipe.prompts)
         self.model = assembly.model(recipe)
         self.texts = self.model.encode(self.prompts)
@@ -58,49 +68,65 @@ class Training:
         if recipe.algorithm.name in ("alignprop", "refl") and not self.reward.differentiable:
             needs = f"which {recipe.algorithm.name} needs: take ddpo instead"
             raise UserError(f"reward = {recipe.reward!r} has no gradient, {needs}")
-        self.evaluate = assembly.evaluator(recipe, self.sampler, {recipe.reward: self.reward}, self.ranks)
+        self.rollouts = assembly.rollouts(recipe)
+        known, settings = {recipe.reward: self.reward}, recipe.evaluation
+        self.evaluate = assembly.evaluator(recipe, self.sampler, known, self.ranks, self.rollouts)
+        if recipe.model.train == "lora" and recipe.sampler.eta > 0:
+            self.evaluate = self.evaluate._replace(kl_images=KL_IMAGES)
+        self.stopping = EarlyStopping(settings.held_out, settings.patience)
         assembly.make_trainable(recipe, self.model)
         self.learner = assembly.learner(recipe, self.model, self.ranks)
-        self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score)
+        if isinstance(self.reward, Ensemble):
+            self.learner.journals.append(self.reward.observed)
+        self.batches = self.rollouts, self.learner.batch
+        self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score, self.rollouts)
         self.iteration = self.queries = self.saved = 0
+        self.state: State | None = None
+        self.saving = Lock()
 
     def run(self) -> Path:
         """Trains to the end, from the newest checkpoint if there is one; returns the run folder."""
-        self.open_folder()
-        self.reporter.started(self.recipe, self.folder, self.iteration)
-        try:
-            with (
-                Trackers(self.recipe, self.folder, self.ranks.main) as self.trackers,
-                Interruption(self.reporter.warned) as interruption,
-            ):
-                self.loop(interruption)
-            if self.ranks.main:
-                card.write(self.folder, self.recipe, self.model.source, "text_encoder_2" in self.model.text_encoders())
-            self.reporter.finished(self.folder)
-        finally:
-            self.reporter.closed()
+        with self.ranks.together(self.rescue):
+            self.open_folder()
+            self.reporter.started(self.recipe, self.folder, self.iteration)
+            try:
+                with (
+                    Trackers(self.recipe, self.folder, self.ranks.main, self.reporter.warned) as self.trackers,
+                    Interruption(self.reporter.warned) as interruption,
+                ):
+                    self.loop(interruption)
+                if self.ranks.main:
+                    xl = "text_encoder_2" in self.model.text_encoders()
+                    self.attempt("model card", partial(card.write, self.folder, self.recipe, self.model.source, xl))
+                    self.attempt("report", partial(report.write, [self.folder]))
+                self.reporter.finished(self.folder)
+            finally:
+                self.reporter.closed()
         return self.folder
 
     def loop(self, interruption: Interruption) -> None:
-        """All iterations that are left, each with what is due after it. However it ends, nothing computed is lost."""
-        total, state = self.recipe.iterations, None
-        try:
-            if self.iteration == 0:
-                self.calibrate()
-                self.observe()
-            while self.iteration < total:
-                self.step()
-                self.observe()
-                state = self.capture()
-                if self.due(self.recipe.checkpoint.every):
-                    self.save_lora()
-                    self.save(state)
-                if self.ranks.any(interruption.requested) and self.iteration < total:
-                    raise Interrupted(f"stopped after iteration {self.iteration} of {total}")
-        except BaseException:
-            if state:
-                self.save(state)
-            raise
+        """All iterations that are left, each with what is due after it."""
+        total = self.recipe.iterations
+        if self.iteration == 0:
+            self.calibrate()
+            self.observe()
+        while self.iteration < total and not self.stopping.over:
+            self.step()
+            self.observe()
+            for change in agree(self.batches, self.ranks):
+                self.reporter.warned(change)
+            asked = self.asked()
+            if "sample" in asked:
+                self.preview()
+            self.state = self.capture()
+            if self.due(self.recipe.checkpoint.every) or "save" in asked or self.stopping.over:
+                self.save_trained(self.folder)
+                self.save(self.state)
+            if self.ranks.any(interruption.requested or "stop" in asked) and self.iteration < total:
+                self.save_trained(self.folder)
+                raise Interrupted(f"stopped after iteration {self.iteration} of {total}")
+        if self.stopping.over:
+            self.reporter.warned(f"stopped after iteration {self.iteration} of {total}: {self.stopping.verdict()}")
 
     def step(self) -> None:
         """One iteration: sample with exploration, score, update, and a line in ``metrics.jsonl``."""
@@ -109,23 +135,27 @@ class Training:
         try:
             if isinstance(self.reward, Ensemble):
                 with self.reward.observing(self.ranks.concatenate):
-                    metrics = self.algorithm.step(batch)
+                    metrics, rewards, dropped = self.algorithm.step(batch)
             else:
-                metrics = self.algorithm.step(batch)
+                metrics, rewards, dropped = self.algorithm.step(batch)
         except UserError as error:
             raise UserError(f"iteration {iteration}: {error}") from error
         self.iteration = iteration
         self.queries += int(metrics.pop("queries"))
         seconds = time.perf_counter() - start
-        record = {"iteration": iteration, "queries": self.queries, **metrics, "seconds": round(seconds, 3)}
+        record: dict[str, Any] = {"iteration": iteration, "queries": self.queries, **metrics, "dropped": len(dropped)}
+        record["seconds"] = round(seconds, 3)
         if (memory := peak_memory(self.model.device)) is not None:
             record["memory_gib"] = round(memory, 3)
+        self.trackers.log({f"train/{key}": value for key, value in record.items() if key != "iteration"}, iteration)
+        if dropped:
+            record["bad"] = describe_dropped(dropped, batch.prompts)
+            self.reporter.warned(f"iteration {iteration}: {summary(record['bad'])}")
         if self.ranks.main:
             self.metrics.append(record)
             if self.exploration.active(iteration, self.recipe.iterations):
-                explored = describe_exploration(batch, self.sampler, self.exploration.words)
+                explored = describe_exploration(batch, self.sampler, self.exploration.words, rewards.cpu())
                 self.explorations.append({"iteration": iteration, **explored})
-        self.trackers.log({f"train/{key}": value for key, value in record.items() if key != "iteration"}, iteration)
         self.reporter.stepped(record)
 
     def batch(self, iteration: int) -> Batch:
@@ -142,14 +172,14 @@ class Training:
         return batch.explored(self.exploration) if explores else batch
 
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """The training reward, checked."""
-        return score(self.reward, images, texts)
+        """The training reward, checked but for its values: the algorithm drops what is not finite."""
+        return score_or_nan(self.reward, images, texts)
 
     def calibrate(self) -> None:
         """Gives an ensemble's z-scores their first statistics, from the untouched model's images."""
         if isinstance(self.reward, Ensemble):
             batch = self.batch(0)._replace(guidance=ConstantGuidance(self.recipe.sampler.guidance))
-            images = self.sampler.rollout(batch, self.recipe.rollout.batch).images
+            images = self.rollouts.fit(partial(self.sampler.rollout, batch)).images
             self.reward.calibrate(images, batch.prompts)
 
     def due(self, every: int) -> bool:
@@ -160,39 +190,74 @@ class Training:
         """Evaluates and paints previews where they are due."""
         if self.due(self.recipe.evaluation.every):
             self.reporter.evaluating(self.iteration)
-            for result in self.evaluate():
+            try:
+                results = self.evaluate()
+            except UserError as error:
+                raise UserError(f"evaluation after iteration {self.iteration}: {error}") from error
+            for result in results:
                 record = {"iteration": self.iteration, "queries": self.queries, **result._asdict()}
                 if self.ranks.main:
                     self.evaluations.append(record)
                 tag = f"evaluation/{result.prompts}/{result.reward}"
-                self.trackers.log({tag: result.mean, "train/queries": self.queries}, self.iteration)
+                figures = {tag: result.mean, "train/queries": self.queries}
+                if result.kl_to_base is not None:
+                    figures[f"evaluation/{result.prompts}/kl_to_base"] = result.kl_to_base
+                self.trackers.log(figures, self.iteration)
                 self.reporter.evaluated(record)
-        if self.ranks.main and self.recipe.preview.images and self.due(self.recipe.preview.every):
+                if result.n < (due := len(self.evaluate.prompts[result.prompts]) * self.evaluate.images):
+                    self.reporter.warned(f"{due - result.n} of {due} images had no {result.reward}, and do not count")
+            if self.stopping.observe(self.iteration, results):
+                self.save_trained(self.folder / "best")
+        if self.recipe.preview.images and self.due(self.recipe.preview.every):
             self.preview()
 
+    def asked(self) -> set[str]:
+        """What a second shell asks for (``diffexp ctl``); the same on every rank."""
+        taken = control.take(self.folder) if self.ranks.main else frozenset()
+        counts = self.ranks.total({request: float(request in taken) for request in control.REQUESTS})
+        return {request for request, count in counts.items() if count}
+
     def preview(self) -> None:
-        """Paints the same prompts from the same noise as ever: seen ones, and unseen ones where it evaluates such."""
+        """Paints the same prompts from the same noise as ever: seen and, where it evaluates others, unseen ones.
+
+        :data:`PREVIEWS` of each where the recipe wants none.
+        """
         sets = {self.recipe.prompts: self.prompts, **self.evaluate.prompts}
         texts = {self.recipe.prompts: self.texts, **self.evaluate.texts}
-        settings, scale = self.recipe.preview, self.recipe.sampler.guidance
-        preview = Preview.spread(self.sampler, scale, sets, texts, settings.images)
-        preview.paint(self.folder / "samples", self.iteration, self.recipe.rollout.batch)
+        count, scale = self.recipe.preview.images or PREVIEWS, self.recipe.sampler.guidance
+        preview = Preview.spread(self.sampler, scale, sets, texts, count)
+        images = preview.paint(self.rollouts, self.ranks)
+        if self.ranks.main:
+            self.attempt("preview", partial(preview.write, images, self.folder / "samples", self.iteration))
+
+    def attempt(self, what: str, action: Callable[[], object]) -> None:
+        """Does what no run should fail for: what goes wrong with it is only told."""
+        try:
+            action()
+        except Exception as error:
+            self.reporter.warned(f"no {what} after iteration {self.iteration}: {type(error).__name__}: {error}")
 
     def open_folder(self) -> None:
         """Makes the run folder, or takes up the unfinished run in it.
 
         Raises:
-            UserError: if the folder holds a finished run, the run of another recipe, or something else.
+            UserError: if the folder holds a finished run, the run of another recipe, or something else; or if it is not
+                the same for all processes.
         """
         if self.ranks.main:
             prepare(self.folder, self.recipe)
+            control.take(self.folder)  # what was asked of an earlier process is not asked of this one
             environment = describe_environment(self.model.device, self.ranks.size)
             (self.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1), encoding="utf-8")
         self.ranks.wait()
+        shared = f"--out {self.folder} must be one folder, on a file system that all machines of the run share"
+        if self.ranks.any(not (self.folder / CONFIG).is_file()):
+            raise UserError(f"{shared}: some processes don't see it")
         self.metrics, self.evaluations = JsonLines(self.folder / METRICS), JsonLines(self.folder / EVALUATIONS)
         self.explorations = JsonLines(self.folder / EXPLORATION)
         self.restore(checkpoint.read_newest(self.folder / "checkpoints"))
-        self.ranks.wait()
+        if self.ranks.any(self.iteration != self.ranks.greatest(self.iteration)):
+            raise UserError(f"{shared}: some processes find another checkpoint in it than others")
 
     def capture(self) -> State:
         """Everything that the next iteration depends on, copied: whatever happens in it, this can still be saved."""
@@ -206,6 +271,8 @@ class Training:
             METRICS: self.metrics.size(),
             EVALUATIONS: self.evaluations.size(),
             EXPLORATION: self.explorations.size(),
+            "stopping": self.stopping.state(),
+            "batches": [batch.size for batch in self.batches],
             "version": __version__,
         }
         return State(tensors, numbers)
@@ -213,18 +280,24 @@ class Training:
     def save(self, state: State) -> None:
         """Makes a state the run's newest checkpoint."""
         iteration = state.numbers["iteration"]
-        if iteration == self.saved or not self.ranks.main:
-            return
-        folder, keep = self.folder / "checkpoints", self.recipe.checkpoint.keep_last
-        checkpoint.write(folder, iteration, state.tensors, state.numbers, keep)
-        self.saved = iteration
-        self.reporter.saved(iteration)
+        with self.saving:
+            if iteration == self.saved or not self.ranks.main:
+                return
+            folder, keep = self.folder / "checkpoints", self.recipe.checkpoint.keep_last
+            checkpoint.write(folder, iteration, state.tensors, state.numbers, keep)
+            self.saved = iteration
+            self.reporter.saved(iteration)
 
-    def save_lora(self) -> None:
+    def rescue(self) -> None:
+        """Saves the last whole iteration: whatever ended the run, nothing computed is lost."""
+        if self.state:
+            self.save(self.state)
+
+    def save_trained(self, folder: Path) -> None:
         """The LoRA files, or the network, with what made them in their headers."""
         if self.ranks.main:
             metadata = made_by(self.recipe, self.prompts, self.model.source.commit, self.iteration, self.queries)
-            assembly.save_trained(self.recipe, self.model, self.folder, metadata)
+            assembly.save_trained(self.recipe, self.model, folder, metadata)
 
     def restore(self, newest: checkpoint.Checkpoint | None) -> None:
         """Goes back to a checkpoint, or to the untouched model, and cuts the records to what was known then."""
@@ -239,6 +312,10 @@ class Training:
         self.algorithm.load_state(numbers["algorithm"])
         if isinstance(self.reward, Ensemble):
             self.reward.load_state_dict(numbers["reward"])
+        if "stopping" in numbers:
+            self.stopping.load_state(numbers["stopping"])
+            for batch, size in zip(self.batches, numbers["batches"], strict=True):
+                batch.size = batch.told = size
         self.iteration = self.saved = numbers["iteration"]
         self.queries = numbers["queries"]
         self.cut(numbers[METRICS], numbers[EVALUATIONS], numbers.get(EXPLORATION, 0))
