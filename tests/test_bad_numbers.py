@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from brightness import brightness
+from test_memory import Warned
+from test_training import recipe
 from torch import Tensor
 
+from diffexp import checkpoint
 from diffexp.algorithms import DDPO, Algorithm, AlignProp, ReFL, RewardWeightedRegression
+from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
 from diffexp.memory import MicroBatch
+from diffexp.rewards.base import score, score_or_nan
+from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch, Sampler
 from diffexp.samples import Fault, Samples
+from diffexp.training import Training
 
 PROMPTS = ["cat", "bike", "fox", "dolphin", "owl", "bear", "cow", "hen"]
 BAD = [math.nan, math.inf, -math.inf]
@@ -117,16 +126,16 @@ def without(subject: Algorithm, late: Sequence[str]) -> Algorithm:
 @pytest.mark.parametrize(
     ("kind", "stages", "iterations"),
     [
-        (DDPO, (*EARLY, *LATE), 10),
-        (AlignProp, (*EARLY, "gradient"), 10),
-        (ReFL, (*EARLY, "gradient"), 3),
-        (RewardWeightedRegression, (*EARLY, *LATE), 3),
+        (DDPO, (*EARLY, *LATE), 6),
+        (AlignProp, (*EARLY, "gradient"), 6),
+        (ReFL, (*EARLY, "gradient"), 7),
+        (RewardWeightedRegression, (*EARLY, *LATE), 6),
     ],
 )
 def test_a_hundred_faults_poison_nothing(
     kind: type, stages: Sequence[str], iterations: int, double: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four faults an iteration, 104 in all four runs of this test, against runs in which those samples do not exist."""
+    """Four faults an iteration, a hundred in all of this test, against runs in which those samples do not exist."""
     model, start = double.model, double.model.state()
     double = replace(double, schedule=model.schedule(2))
     everyone = Batch(PROMPTS, model.encode(PROMPTS), ConstantGuidance(3.0), [(0, 1, k) for k in range(8)])
@@ -156,3 +165,75 @@ def test_a_hundred_faults_poison_nothing(
         assert any(not torch.equal(expected[key], start[key]) for key in start)
         for key, tensor in expected.items():
             torch.testing.assert_close(learned[key], tensor, rtol=0, atol=1e-9)
+
+
+def test_a_reward_is_never_shown_an_image_with_a_bad_number() -> None:
+    shown: list[list[str]] = []
+
+    class Watching:
+        name, differentiable = "watching", False
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            assert images.isfinite().all()
+            shown.append(list(prompts))
+            return torch.tensor([math.inf if prompt == "fox" else 1.0 for prompt in prompts])
+
+    images = torch.ones(4, 3, 2, 2)
+    images[1, 0, 0, 0] = math.nan
+    assert score_or_nan(Watching(), images, PROMPTS[:4]).tolist() == pytest.approx(
+        [1, math.nan, math.inf, 1], nan_ok=True
+    )
+    assert shown == [["cat", "fox", "dolphin"]]
+    with pytest.raises(UserError, match="nan for the prompt 'bike'"):
+        score(Watching(), images, PROMPTS[:4])
+    assert score_or_nan(Watching(), images * math.nan, PROMPTS[:4]).isnan().all()
+
+
+def test_a_member_that_fails_on_an_image_moves_no_statistics_of_an_ensemble() -> None:
+    class Member:
+        differentiable = False
+
+        def __init__(self, name: str, scores: list[float]) -> None:
+            self.name, self.scores = name, torch.tensor(scores)
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return self.scores
+
+    ensemble = Ensemble([Member("a", [1.0, 3.0, 100.0]), Member("b", [2.0, 6.0, math.nan])])
+    with ensemble.observing():
+        assert ensemble(torch.ones(3, 3, 2, 2), PROMPTS[:3]).isfinite().tolist() == [True, True, False]
+    assert [(s.count, s.mean) for s in ensemble.statistics.values()] == [(2, 2), (2, 4)]
+
+
+def test_the_diagnosis_names_the_earliest_stage() -> None:
+    samples = Samples(PROMPTS[:4], max_dropped=0.25)
+    samples.drop({1: Fault("gradient", math.nan)})
+    with pytest.raises(UserError, match=r"3 of 4 .*at most 25% may.*image, inf for the prompt 'dolphin': the VAE"):
+        samples.drop({0: Fault("reward", math.nan), 3: Fault("image", math.inf)})
+
+
+def test_a_run_counts_and_names_what_it_drops_until_it_is_too_much(sd_folder: Path, tmp_path: Path) -> None:
+    code, prompts = tmp_path / "mine.py", tmp_path / "prompts.txt"
+    # the third iteration drops one sample of ten, which is allowed, the fourth two; the first call evaluates
+    code.write_text(
+        "calls = []\n"
+        "def reward(images, prompts):\n"
+        "    calls.append(1)\n"
+        "    rewards = images.mean((1, 2, 3))\n"
+        "    rewards[{4: slice(0, 1), 5: slice(3, 5)}.get(len(calls), slice(0))] = float('nan')\n"
+        "    return rewards\n"
+    )
+    prompts.write_text("cat\nbike\n")
+    more = {"evaluation.every": 9, "evaluation.images": 1, "preview.images": 0, "samples": 10}
+    settings = recipe(sd_folder, prompts=str(prompts), reward=f"{code}:reward", **more)
+    training = Training(settings, tmp_path / "run", warned := Warned())
+    with pytest.raises(UserError, match=r"iteration 4: 2 of 10 samples went bad.* reward, nan for the prompt"):
+        training.run()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["dropped"] for record in records] == [0, 0, 1]
+    named = {"sample": 0, "prompt": training.batch(3).prompts[0], "stage": "reward", "value": "nan"}
+    assert records[2]["bad"] == [named]
+    assert warned.warnings[0].startswith(f"iteration 3: dropped 1 sample whose numbers went bad: {named['prompt']!r}")
+    state = checkpoint.read_newest(tmp_path / "run" / "checkpoints")
+    assert state.numbers["iteration"] == 3
+    assert all(tensor.isfinite().all() for tensor in state.tensors.values())

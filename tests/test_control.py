@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import Stop, contents, recipe
+from test_training import contents, recipe
 
 from diffexp import checkpoint, control, train
 from diffexp.errors import UserError
@@ -94,43 +94,41 @@ class Ask(Reporter):
         self.checkpoints.append(iteration)
 
 
-RARE = {"checkpoint.every": 100, "preview.every": 100, "evaluation.every": 100}
+RARE = {"checkpoint.every": 100, "preview.every": 100, "evaluation.every": 100, "iterations": 3}
 
 
-def test_a_run_samples_and_saves_when_asked(sd_folder: Path, tmp_path: Path) -> None:
-    settings = recipe(sd_folder, **RARE)
+@pytest.fixture(scope="module")
+def undisturbed(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    """What a run leaves that nobody asks for anything."""
+    return contents(train(recipe(sd_folder, **RARE), tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def test_a_run_samples_and_saves_when_asked(sd_folder: Path, tmp_path: Path, undisturbed: tuple[Any, ...]) -> None:
     run = tmp_path / "run"
     asked = Ask(run, 2, "sample", "save")
-    train(settings, run, asked)
-    assert asked.checkpoints == [2, 4]
+    train(recipe(sd_folder, **RARE), run, asked)
+    assert asked.checkpoints == [2, 3]
     assert (run / "samples" / "iteration-0002.png").is_file()
-    assert not (run / "samples" / "iteration-0003.png").exists()
-    plain = contents(train(settings, tmp_path / "plain"))
-    assert contents(run)[:4] == plain[:4], "asking changes nothing else"
+    assert not (run / "samples" / "iteration-0001.png").exists()
+    assert contents(run)[:4] == undisturbed[:4], "asking changes nothing else"
 
 
 def test_previews_can_be_asked_for_where_the_recipe_has_none(sd_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(recipe(sd_folder, iterations=2, **RARE | {"preview.images": 0}), run, Ask(run, 1, "sample"))
+    train(recipe(sd_folder, **RARE | {"preview.images": 0, "iterations": 1}), run, Ask(run, 1, "sample"))
     assert (run / "samples" / "iteration-0001.png").is_file()
 
 
-def test_a_run_stops_when_asked_and_goes_on_exactly(sd_folder: Path, tmp_path: Path) -> None:
-    settings = recipe(sd_folder, **RARE)
-    whole = contents(train(settings, tmp_path / "whole"))
-    run = tmp_path / "run"
-    with pytest.raises(Interrupted, match="stopped after iteration 2 of 4"):
+def test_a_run_stops_when_asked_and_goes_on_exactly(
+    sd_folder: Path, tmp_path: Path, undisturbed: tuple[Any, ...]
+) -> None:
+    settings, run = recipe(sd_folder, **RARE), tmp_path / "run"
+    with pytest.raises(Interrupted, match="stopped after iteration 2 of 3"):
         train(settings, run, Ask(run, 2, "stop"))
     assert checkpoint.read_newest(run / "checkpoints").numbers["iteration"] == 2
-    assert contents(train(settings, run)) == whole
-
-
-def test_what_was_asked_of_a_run_that_is_over_is_forgotten(sd_folder: Path, tmp_path: Path) -> None:
-    settings, run = recipe(sd_folder, **RARE), tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, run, Stop(after=3))
-    control.ask(run, "stop")
-    assert train(settings, run) == run
+    assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    control.ask(run, "stop")  # of nobody: the run that goes on later must not hear it
+    assert contents(train(settings, run)) == undisturbed
 
 
 class Warnings(Reporter):
@@ -159,9 +157,9 @@ def test_a_failing_preview_never_stops_a_run(
 
     monkeypatch.setattr(broken, fail)
     told = Warnings()
-    run = train(recipe(sd_folder, iterations=2), tmp_path / "run", told)
+    run = train(recipe(sd_folder, iterations=1), tmp_path / "run", told)
     what = "model card" if "card" in broken else "preview"
-    assert told.messages[-1] == f"no {what} after iteration 2: {type(error).__name__}: {error}"
+    assert told.messages[-1] == f"no {what} after iteration 1: {type(error).__name__}: {error}"
     assert len(told.messages) == (1 if "card" in broken else 2)
     assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert ([*(run / "samples").glob("iteration-*")] == []) == ("card" not in broken), "no half of a preview stays"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,8 @@ from diffexp.records import to_images
 from diffexp.rollout import Batch, Sampler
 
 
-def with_lora(model: TextToImage) -> TextToImage:
-    lora.add(model, rank=2, alpha=6, seed=3)
+def with_lora(model: TextToImage, text_targets: Sequence[str] = ()) -> TextToImage:
+    lora.add(model, rank=2, alpha=6, seed=3, text_targets=text_targets)
     disturb(model)
     return model
 
@@ -49,8 +51,9 @@ def test_only_the_adapter_trains(model: TextToImage) -> None:
 def test_plain_diffusers_paints_the_same_image(
     kind: str, file: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    """With an adapter on the network and on all text encoders, from either file."""
     folder = request.getfixturevalue(f"{kind}_folder")
-    model = with_lora(models.load(str(folder)))
+    model = with_lora(models.load(str(folder)), lora.TEXT_ATTENTION)
     _, kohya = lora.save(model, tmp_path, "mine")
     sampler = Sampler(model, model.schedule(4), model.latent_shape(), eta=0.0)
     batch = Batch(["a cat"], model.encode(["a cat"]), ConstantGuidance(5.0), [(0,)])
@@ -99,6 +102,27 @@ def test_kohya_keys_are_complete_and_carry_the_true_alpha(model: TextToImage, tm
     with safe_open(kohya, "pt") as file:
         header = file.metadata()
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "6.0")
+
+
+def test_both_headers_have_what_tools_show(model: TextToImage, tmp_path: Path) -> None:
+    """A1111 tells the kind of model by ss_base_model_version and ss_v2; ModelSpec has its own fields for the same."""
+    xl = len(model.text_encoders()) == 2
+    for file in lora.save(with_lora(model), tmp_path, "mine", {"diffexp.queries": "7"}):
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata()
+        assert header["ss_base_model_version"].startswith("sdxl_") == xl
+        assert (header["ss_v2"], header["ss_output_name"], header["diffexp.queries"]) == ("False", "mine", "7")
+        assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("2", "6.0")
+        kind = "stable-diffusion-xl-v1-base/lora" if xl else "stable-diffusion-v1/lora"
+        assert header["modelspec.architecture"] == kind
+        assert (header["modelspec.resolution"], header["modelspec.prediction_type"]) == ("16x16", "epsilon")
+        # kohya's hash: of everything after the header, so that notes in it don't change it
+        content = file.read_bytes()
+        tensors = content[8 + int.from_bytes(content[:8], "little") :]
+        assert header["sshs_model_hash"] == hashlib.sha256(tensors).hexdigest()
+        assert header["modelspec.hash_sha256"] == f"0x{header['sshs_model_hash']}"
+        again = lora.save(model, tmp_path / "again", "mine", {"diffexp.queries": "7"})
+        assert content in [path.read_bytes() for path in again], "the same adapter makes the same file"
 
 
 def test_load_restores_what_save_wrote(sd_folder: Path, tmp_path: Path) -> None:

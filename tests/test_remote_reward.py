@@ -6,8 +6,10 @@ import contextlib
 import json
 import math
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -338,6 +340,24 @@ def test_the_token_opens_and_comes_from_a_file_first(tmp_path: Path, monkeypatch
         assert rewards.load(server.url).serves == "bright"
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
+def test_https_checks_the_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: torch.Tensor) -> None:
+    files = [str(tmp_path / "certificate.pem"), str(tmp_path / "key.pem")]
+    options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x"
+    name = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", *options.split(), *name, "-out", files[0], "-keyout", files[1]]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    with serving(BRIGHT) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        url = server.url.replace("http:", "https:")
+        with pytest.raises(UserError, match="has a certificate that was refused: self-signed"):
+            rewards.load(url)
+        monkeypatch.setenv("SSL_CERT_FILE", files[0])
+        assert torch.equal(rewards.load(url)(images, PROMPTS), brightness(images, PROMPTS))
+
+
 # Patience
 
 
@@ -424,35 +444,31 @@ def remote_contents(run: Path, name: str) -> tuple[Any, ...]:
     return metrics, [json.loads(line) | {"reward": name} for line in evaluations.splitlines()], *rest
 
 
-def test_a_run_with_a_server_equals_the_run_without_and_never_tells_the_token(sd_folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_server_equals_the_run_without_and_never_tells_the_token(
+    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     settings = recipe(sd_folder, iterations=2)
     whole = train(settings, tmp_path / "local")
     (tmp_path / "token").write_text(TOKEN)
+    monkeypatch.setenv(address.TOKEN, TOKEN)
     arguments = ("serve-reward", BRIGHTNESS, "--port", "0", "--token-file", str(tmp_path / "token"), "--device", "cpu")
     with process("-m", "diffexp", *arguments) as (server, url):
         file = tmp_path / "remote.toml"
         file.write_text(settings.to_toml().replace(json.dumps(BRIGHTNESS), json.dumps(url)))
-        command = ["-m", "diffexp", "train", str(file), "--out", str(tmp_path / "remote")]
-        with process_environment(TOKEN) as environment:
-            done = subprocess.run(
-                [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-            )
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", ["diffexp", "train", str(file), "--out", str(tmp_path / "remote")])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 0
         server.terminate()
-        told = server.communicate(timeout=120)
+        told = server.communicate()
         assert server.returncode == 0
     assert remote_contents(tmp_path / "remote", "x") == remote_contents(whole, "x")
     assert url in (tmp_path / "remote" / "config.toml").read_text()
     written = [path.read_bytes() for path in (tmp_path / "remote").rglob("*") if path.is_file()]
-    for text in (*written, done.stdout.encode(), done.stderr.encode(), *(part.encode() for part in told)):
+    out, err = capfd.readouterr()
+    assert "iteration" in out or url in out
+    for text in (*written, *(part.encode() for part in (out, err, *told))):
         assert TOKEN.encode() not in text
-
-
-@contextlib.contextmanager
-def process_environment(token: str) -> Iterator[dict[str, str]]:
-    import os
-
-    yield {**os.environ, "OMP_NUM_THREADS": "1", address.TOKEN: token}
 
 
 class Kill(Reporter):

@@ -109,18 +109,21 @@ def test_one_reward_at_a_time_whoever_asks() -> None:
 
 
 def test_a_reward_that_fails_ends_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    failures = [RuntimeError("no\nway"), torch.OutOfMemoryError("full"), UserError("shape"), None]
+    class Moody:
+        name, differentiable = "moody", False
+        failures = [RuntimeError("no\nway"), torch.OutOfMemoryError("full"), UserError("wrong shape"), None]  # noqa: RUF012
 
-    def moody(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        if failure := failures.pop(0):
-            raise failure
-        return images.mean((1, 2, 3))
+        def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+            if failure := self.failures.pop(0):
+                raise failure
+            return images.mean((1, 2, 3))
 
-    with serving(CustomReward("moody", moody)) as server:
+    with serving(Moody()) as server:
         # all on one connection: what was read whole leaves it usable
         answers = send(server.url, post(TWO) * 4)
     assert [answer.status for answer in answers] == [500, 503, 500, 200]
-    assert answers[0].json == {"error": "the reward failed with RuntimeError: no"}
+    assert answers[0].json == {"error": "the reward failed: RuntimeError: no way"}
+    assert answers[2].json == {"error": "the reward failed: wrong shape"}
     assert "Traceback" in capfd.readouterr().err
 
 
@@ -188,9 +191,9 @@ def test_a_body_is_asked_for_only_with_the_token(private: str) -> None:
 # What is refused
 
 
-def lying(header: object, data: bytes = bytes(4 * 3 * 8 * 8)) -> bytes:
-    """A safetensors file whose header says so."""
-    text = json.dumps(header).encode()
+def lying(header: object, data: bytes = bytes(4 * 3 * 8 * 8), size: int = 0) -> bytes:
+    """A safetensors file whose header says so, and has at least so many bytes."""
+    text = json.dumps(header).encode().ljust(size)
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -259,6 +262,7 @@ ONE = {"dtype": "F32", "shape": [1, 3, 8, 8], "data_offsets": [0, 768]}
         (tensor(lying({"images": {**ONE, "data_offsets": [0, 10**15]}})), 400, "no safetensors file"),
         (tensor(lying({"images": {**ONE, "shape": [2**62, 3, 8, 8]}})), 400, "no safetensors file"),
         (tensor(lying({"images": {**ONE, "dtype": "U4"}})), 400, "no safetensors file"),
+        (tensor(lying({"images": ONE}, size=70_000)), 400, "no safetensors file"),
         (tensor(lying({"other": ONE})), 400, "one tensor"),
         (tensor(save({"images": noise(1), "more": noise(1)})), 400, "one tensor"),
         (tensor(save({"images": noise(1)[0]})), 400, "3-d"),

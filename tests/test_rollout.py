@@ -88,3 +88,17 @@ def test_images_are_pictures(sampler: Sampler) -> None:
     assert images.shape == (4, 3, 16, 16)
     assert images.min() >= 0
     assert images.max() <= 1
+
+
+@pytest.mark.parametrize("model", ["sd"], indirect=True)
+def test_divergence_is_the_kl_of_every_step_to_the_untouched_model(sampler: Sampler) -> None:
+    on = batch(sampler.model)
+    path, expected = sampler.rollout(on, 4), torch.zeros(4)
+    for i, w in enumerate(path.scales):
+        step = sampler.transition(path.latents[i], i, path.text, w)
+        with sampler.model.base():
+            base = sampler.transition(path.latents[i], i, path.text, w)
+        expected += ((step.mean - base.mean).square() / (2 * step.std**2)).mean((1, 2, 3)) / 4
+    found = sampler.divergence(on, size=3)
+    assert (found > 0).all()
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-9)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from brightness import brightness
 from safetensors.torch import save_file
 
-from diffexp import cli, train
+from diffexp import cli, lora_header, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.lora_header import LoraHeader, like, without_paths
+from diffexp.rewards.checksum import checksum, digest
 
 REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
 
@@ -68,6 +70,45 @@ def test_show_says_what_made_a_lora(
     whole = json.loads(diffexp(capsys, monkeypatch, "show", str(run / "lora" / file), "--json")[1])
     assert whole["metadata"]["diffexp.recipe"]["lora"]["rank"] == 2
     assert len(whole["shapes"]) == len(LoraHeader.read(run / "lora" / file).shapes) > 10
+
+
+def test_headers_say_what_was_trained(run: Path) -> None:
+    """Ours, kohya's and ModelSpec's, in both files; the same run makes the same bytes, so there is no date in them."""
+    both = [dict(LoraHeader.read(file).metadata) for file in sorted((run / "lora").glob("*.safetensors"))]
+    for header in both:
+        assert json.loads(header["diffexp.recipe"])["lora"]["alpha"] == 6
+        assert header["diffexp.recipe_sha256"] == hashlib.sha256(header["diffexp.recipe"].encode()).hexdigest()
+        assert header["diffexp.reward_sha256"] == checksum("jpeg-compressibility")
+        assert (header["ss_steps"], header["ss_epoch"], header["ss_seed"]) == ("2", "1", "0"), "two minibatches"
+        assert json.loads(header["ss_tag_frequency"]) == {"diffexp": {"a cat": 1}}
+        assert "ddpo towards the reward jpeg-compressibility" in header["modelspec.description"]
+        assert not any("date" in key or "_at" in key for key in header)
+    different = {key for key in both[0] if both[0].get(key) != both[1].get(key)}
+    assert different == {"lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}
+
+
+def test_a_checksum_is_that_of_a_rewards_code_or_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text("def f(images, prompts): return images.mean((1, 2, 3))\n")
+    other = tmp_path / "elsewhere" / "mine.py"
+    other.parent.mkdir()
+    other.write_bytes(code.read_bytes())
+    first = checksum(f"{code}:f")
+    assert first == checksum(f"{other}:f"), "where a file lies is no part of it"
+    assert len({first, checksum(f"{code}:g"), checksum(f"2*{code}:f"), checksum("emoji-judge")}) == 4
+    other.write_text("def f(images, prompts): return -images.mean((1, 2, 3))\n")
+    digest.cache_clear()
+    checksum.cache_clear()
+    assert checksum(f"{other}:f") != first
+    assert checksum("os.path:join") == checksum("posixpath:join"), "a module is its file"
+    assert checksum(f"{tmp_path / 'gone.py'}:f") is None
+    assert checksum("hpsv2+2*aesthetic") not in (None, checksum("2*hpsv2+aesthetic")), "known without the weights"
+
+
+def test_like_tells_when_the_reward_is_another(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_header, "checksum", lambda spec: "0" * 64)
+    assert "is another one than the header's" in like(run, {})[1][0]
+    assert like(run, {"reward": "jpeg-incompressibility"})[1] == [], "asked for"
 
 
 def test_a_run_folder_shows_its_lora(run: Path) -> None:
@@ -130,6 +171,8 @@ def test_ones_own_reward_is_used_again_when_named(run: Path, tmp_path: Path) -> 
         ("~/models/sd15/", "sd15"),
         (r"C:\Users\me\m.py:f", "m.py:f"),
         ("someone/model", "someone/model"),
+        ("2*http://gpu7.lan:8420+hpsv2+https://b.example/x/", "2*http://…:8420+hpsv2+https://…/x"),
+        ("http://[fe80::1]:8420", "http://…:8420"),
         ("text:a /b/ c", "text:a /b/ c"),
         ({"a": {"path": "/x/y"}, "b": ["/x/m.py:f", 3]}, {"a": {"path": "y"}, "b": ["m.py:f", 3]}),
     ],

@@ -164,6 +164,8 @@ def exploration(recipe: Recipe) -> str:
         parts.append(f"guidance {guidance.low:g} for {until}, then {recipe.sampler.guidance:g}")
     if words := settings.words:
         parts.append(f"a random {words.unit}'s weight from U({words.low:g}, {words.high:g})")
+    if settings.strategy:
+        parts.append(f"the strategy {without_paths(settings.strategy)}")
     if not parts or settings.until == 0:
         return "none"
     return f"{'; '.join(parts)}; in the first {settings.until:.0%} of the iterations"

@@ -65,7 +65,9 @@ class Evaluator(NamedTuple):
         brightness: list[torch.Tensor] = []
         task = self.task(name)
         count = len(task.prompts)
-        for chunk in self.watch(list(task.select(self.ranks.share(count)).chunks(self.batch.size))):
+        mine = self.ranks.share(count)
+        # a rank without a share, among many, samples the first for nothing: its tensors have the right shape
+        for chunk in self.watch(list(task.select(mine or [0]).chunks(self.batch.size))):
             images = self.batch.fit(partial(self.sampler.rollout, chunk)).images
             brightness.append(images.mean((1, 2, 3)))  # not finite where an image is not
             for reward, function in self.rewards.items():
@@ -75,8 +77,8 @@ class Evaluator(NamedTuple):
                 features.append(self.encoder(images))
         diversity, kl = self.diversity(features, count), self.divergence(task)
         for reward, chunks in values.items():
-            samples, own = Samples(task.prompts, self.ranks, self.max_dropped), torch.cat(chunks)
-            samples.drop(faults(image=torch.cat(brightness), reward=own))
+            samples, own = Samples(task.prompts, self.ranks, self.max_dropped), torch.cat(chunks)[: len(mine)]
+            samples.drop(faults(image=torch.cat(brightness)[: len(mine)], reward=own))
             rewards = samples.gather(own).cpu().double()  # MPS has no float64
             rewards = rewards[rewards.isfinite()]
             figures = float(rewards.mean()), float(rewards.std(correction=0)), len(rewards)
@@ -86,7 +88,7 @@ class Evaluator(NamedTuple):
         """How different the ``count`` images are, out of this process's features of them."""
         if not self.encoder:
             return None
-        rows = self.ranks.gather(torch.cat(list(features)), count).cpu()
+        rows = self.ranks.gather(torch.cat(list(features))[: len(self.ranks.share(count))], count).cpu()
         try:
             return mean_diversity(rows.numpy(), self.images) if rows.isfinite().all() else None
         except ValueError:  # an encoder without direction, of a reward of one's own: no reason to end a training
@@ -97,12 +99,15 @@ class Evaluator(NamedTuple):
 
         Sampled anew, for it needs the latents: as much work as an evaluation of twice as many images.
         """
+        if not self.kl_images:
+            return None
         count = min(self.kl_images, len(task.prompts))
         if not count:
             return None
         picked = task.select([k * len(task.prompts) // count for k in range(count)])
-        own = picked.select(self.ranks.share(count))
-        values = self.ranks.gather(self.batch.fit(partial(self.sampler.divergence, own)), count)
+        mine = self.ranks.share(count)
+        own = self.batch.fit(partial(self.sampler.divergence, picked.select(mine or [0])))
+        values = self.ranks.gather(own[: len(mine)], count)
         values = values[values.isfinite()]
         return float(values.mean()) if len(values) else None
 

@@ -57,6 +57,7 @@ class Learner:
         # an attempt that is done over takes back what it added to the journals since the update began: their marks
         self.journals: list[list[Any]] = []
         self.marks: list[int] = []
+        self.witnesses: list[tuple[list[int], dict[str, Tensor]]] = []  # the attempt's rows, and a number of each stage
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=eps
         )
@@ -80,9 +81,10 @@ class Learner:
         names = ("loss", *figures)
         self.marks = [len(journal) for journal in self.journals]
         means = self.gradient(samples, losses, part, names)
-        if not finite(means):
-            samples.drop(self.faults(samples.rows(part), samples.count(part), losses))
-            means = self.gradient(samples, losses, part, names)
+        for find in (self.seen, self.searched):
+            if not finite(means):
+                samples.drop(find(samples.rows(part), samples.count(part), losses))
+                means = self.gradient(samples, losses, part, names)
         if not finite(means):
             self.optimizer.zero_grad()
             raise UserError(
@@ -101,47 +103,48 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         return {**means, "grad_norm": float(norm)}
 
-    def accumulate(
-        self,
-        rows: list[int],
-        count: int,
-        losses: Losses,
-        names: Iterable[str] = ("loss",),
-        see: Callable[[Share], None] = lambda share: None,
-    ) -> Figures:
+    def accumulate(self, rows: list[int], count: int, losses: Losses, names: Iterable[str] = ("loss",)) -> Figures:
         """This rank's gradient and figures, from scratch, in as many rows at once as fit into memory."""
 
         def attempt(size: int) -> Figures:
             self.optimizer.zero_grad()
+            self.witnesses.clear()
             for journal, mark in zip(self.journals, self.marks, strict=True):
                 del journal[mark:]
             totals = dict.fromkeys(names, 0.0)
             for start in range(0, len(rows), size):
-                for share in losses(rows[start : start + size], count):
+                micro = rows[start : start + size]
+                for share in losses(micro, count):
                     share.loss.backward()
                     for name, figure in {"loss": share.loss, **share.figures}.items():
                         totals[name] = totals.get(name, 0.0) + figure.item()
-                    see(share)
+                    self.witnesses.append((micro, {stage: total(tensor) for stage, tensor in share.stages.items()}))
             return totals
 
         return self.batch.fit(attempt)
 
-    def faults(self, rows: list[int], count: int, losses: Losses) -> dict[int, Fault]:
-        """Which of this rank's rows are bad, and how, by bisection."""
+    def seen(self, rows: list[int], count: int, losses: Losses) -> dict[int, Fault]:
+        """The rows that went bad before their loss in the last attempt, and how."""
+        found: dict[int, Fault] = {}
+        for micro, stages in self.witnesses:
+            found = {micro[row]: fault for row, fault in faults(**stages).items()} | found
+        return found
+
+    def searched(self, rows: list[int], count: int, losses: Losses) -> dict[int, Fault]:
+        """The bad ones among this rank's rows, and how they are, by bisection."""
         fault = self.fault(rows, count, losses)
         if not fault or len(rows) == 1:
             return dict.fromkeys(rows, fault) if fault else {}
         half = len(rows) // 2
-        return self.faults(rows[:half], count, losses) | self.faults(rows[half:], count, losses)
+        return self.searched(rows[:half], count, losses) | self.searched(rows[half:], count, losses)
 
     def fault(self, rows: list[int], count: int, losses: Losses) -> Fault | None:
         """The first bad number that these rows lead to, if any."""
-        found: list[Fault] = []
-        figures = self.accumulate(rows, count, losses, see=lambda share: found.extend(faults(**share.stages).values()))
+        figures = self.accumulate(rows, count, losses)
         norm = float(nn.utils.get_total_norm(self.gradients()))
         numbers = [("loss", value) for value in figures.values()] + [("gradient", norm)]
-        found += [Fault(stage, value) for stage, value in numbers if not math.isfinite(value)]
-        return found[0] if found else None
+        late = [Fault(stage, value) for stage, value in numbers if not math.isfinite(value)]
+        return next(iter([*self.seen(rows, count, losses).values(), *late]), None)
 
     def gradients(self) -> list[Tensor]:
         """Every parameter's gradient, zeros where this process had nothing to add."""
@@ -171,3 +174,8 @@ class Learner:
 def finite(figures: Figures) -> bool:
     """Whether all of them are numbers to go on with."""
     return all(math.isfinite(value) for value in figures.values())
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of each row, (B,): not finite where one of its numbers is not, small to keep, and nothing to wait for."""
+    return tensor.detach().reshape(len(tensor), -1).sum(1, dtype=torch.float32)

@@ -78,4 +78,4 @@ def samples_by_word(chosen: Sequence[int], spelled: Sequence[Sequence[str]]) -> 
 
 def mean(values: Tensor, rows: Sequence[int]) -> float | None:
     """The mean of some of the values; None of none."""
-    return round(float(values[list(rows)].double().mean()), DIGITS) if rows else None
+    return round(float(values[list(rows)].cpu().double().mean()), DIGITS) if rows else None

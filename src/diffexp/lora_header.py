@@ -218,12 +218,15 @@ def is_shipped(reward: object) -> bool:
 
 
 def without_paths(content: Any) -> Any:
-    """A recipe, or a name in one, in which absolute paths are cut down to their last part: cards and headers travel."""
+    """A recipe, or a name in one, as cards and headers may have it: absolute paths are cut down to their last part, and
+    the addresses of reward servers name no host.
+    """
     if isinstance(content, Mapping):
         return {key: without_paths(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [without_paths(value) for value in content]
     if isinstance(content, str) and not content.startswith("text:"):
+        content = re.sub(r"(https?://)(?:\[[^\]]*\]|[^]/:+*\s[]+)", r"\1…", content)
         return re.sub(r"(^|[+*\s])(?:/|~|[A-Za-z]:[/\\])[^+*\n]*[/\\]", r"\1", content.rstrip("/\\"))
     return content
 

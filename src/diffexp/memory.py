@@ -60,9 +60,8 @@ def out_of_memory(error: Exception) -> bool:
 
 def agree(batches: Sequence[MicroBatch], ranks: Ranks) -> Iterator[str]:
     """Gives all ranks the smallest size that any of them found to fit; says what has changed since the last time."""
-    own = torch.tensor([[batch.size for batch in batches]], dtype=torch.float64, device=ranks.device)
-    for batch, size in zip(batches, ranks.concatenate(own).amin(0).tolist(), strict=True):
-        batch.size = int(size)
+    for batch in batches:
+        batch.size = -ranks.greatest(-batch.size)
         if batch.size < batch.told:
             yield f"out of memory: {batch.setting} = {batch.told} is now {batch.size}; the result is the same"
         batch.told = batch.size

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from diffexp.heartbeat import Heartbeat
 from diffexp.patience import patience
 
 MEETING = timedelta(minutes=10)  # for all ranks to start
+MESSAGE = 2**24  # numbers, 128 MB
 WORK = timedelta(hours=2)  # from one message to the next: long, because the heartbeat tells a dead rank from a slow one
 
 
@@ -64,14 +66,17 @@ class Ranks:
         return whole
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Replaces tensors, on every rank, by their sums over all ranks: one message for all of them."""
-        parts = list(tensors)
-        if self.size == 1 or not parts:
+        """Replaces tensors, on every rank, by their sums over all ranks, added in float64.
+
+        A LoRA's gradients go in one message, a whole network's in several, so that their copy takes little memory.
+        """
+        if self.size == 1:
             return
-        flat = torch.cat([part.flatten().double() for part in parts])
-        self.send(lambda: dist.all_reduce(flat))
-        for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))
+        for parts in messages(tensors):
+            flat = torch.cat([part.flatten().double() for part in parts])
+            self.send(partial(dist.all_reduce, flat))
+            for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+                part.copy_(summed.view_as(part))
 
     def total(self, figures: dict[str, float]) -> dict[str, float]:
         """Figures summed over all ranks."""
@@ -82,6 +87,10 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return self.total({"flag": float(flag)})["flag"] > 0
+
+    def greatest(self, number: int) -> int:
+        """The greatest of all ranks' numbers."""
+        return int(self.concatenate(torch.tensor([[number]], dtype=torch.float64, device=self.device)).max())
 
     def wait(self) -> None:
         """Returns when every rank is here."""
@@ -123,6 +132,18 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in groups of about ``MESSAGE`` numbers, in their order."""
+    parts: list[Tensor] = []
+    for tensor in tensors:
+        parts.append(tensor)
+        if sum(part.numel() for part in parts) >= MESSAGE:
+            yield parts
+            parts = []
+    if parts:
+        yield parts
 
 
 def join(device: torch.device) -> Ranks:

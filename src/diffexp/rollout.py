@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from diffexp.diffusion import NoiseSchedule, Transition, ddim
+from diffexp.errors import UserError
 from diffexp.exploration import Exploration, GuidanceSchedule, weighted
 from diffexp.models.base import LatentShape, TextToImage
 from diffexp.randomness import generator, randn
@@ -38,11 +39,24 @@ class Batch(NamedTuple):
         )
 
     def explored(self, exploration: Exploration) -> Batch:
-        """The batch with one word of each prompt weighted (Eq. 8) and the guidance scheduled (Eq. 7)."""
+        """The batch with one word of each prompt weighted (Eq. 8) and the guidance scheduled (Eq. 7), or as it wants.
+
+        Raises:
+            UserError: if a strategy of the user's own makes something else of it than a batch of as many samples.
+        """
         text = self.text
         if words := exploration.words:
             text = words.apply(text, words.draw(text, self.generators("words")))
-        return self._replace(text=text, guidance=exploration.guidance or self.guidance)
+        explored = self._replace(text=text, guidance=exploration.guidance or self.guidance)
+        if not exploration.strategy:
+            return explored
+        changed = exploration.strategy(explored)
+        if not isinstance(changed, Batch) or len(changed.prompts) != len(self.prompts):
+            raise UserError(
+                f"exploration.strategy must return a Batch of {len(self.prompts)} samples: it returned "
+                f"{type(changed).__name__}; change the batch that it gets with batch._replace(...)"
+            )
+        return changed
 
     def generators(self, purpose: str) -> list[Generator]:
         """Each sample's own random stream for one purpose."""
@@ -92,6 +106,13 @@ class Sampler:
             for rows, count in self.calls(len(x_t)):
                 outputs.append(self.model.predict(x_t[rows], t, text.select(rows), w)[:count])
         return ddim(self.schedule, i, x_t, torch.cat(outputs), self.eta)
+
+    def base_transition(
+        self, x_t: Float[Tensor, "B C H W"], i: int, prompts: Sequence[str], text: TextEmbedding, w: float
+    ) -> Transition:
+        """What the untouched model would make of step i; without a gradient. Needs that an adapter is what learns."""
+        with torch.no_grad(), self.model.base():
+            return self.transition(x_t, i, self.current(prompts, text), w)
 
     def calls(self, count: int) -> Iterator[tuple[list[int], int]]:
         """The samples of each network call for ``count`` samples, and how many of them are not there to fill it up."""
@@ -156,3 +177,24 @@ class Sampler:
             torch.cat(log_probs, dim=1),
             torch.cat(images),
         )
+
+    @torch.no_grad()
+    def divergence(self, batch: Batch, size: int) -> Float[Tensor, " B"]:
+        """KL(p_θ ‖ p_base) of the transitions on each sample's own path: the mean over steps, and C·H·W; in nats.
+
+        Exact for each path, the two being normal distributions of the same deviation. It samples in pieces of ``size``
+        with one more pass of the network a step, the untouched one's, so it costs as much as two rollouts.
+
+        Raises:
+            ValueError: if the sampler is deterministic.
+        """
+        pieces = []
+        for chunk in map(self.refreshed, batch.chunks(size)):
+            noise = chunk.generators("noise")
+            x_t, total = randn(noise, self.latent, self.model.device), torch.zeros(())
+            for i, w in enumerate(self.scales(batch.guidance)):
+                step = self.transition(x_t, i, chunk.text, w)
+                total = total + step.kl(self.base_transition(x_t, i, chunk.prompts, chunk.text, w))
+                x_t = step.sample(randn(noise, self.latent, self.model.device))
+            pieces.append(total / self.steps)
+        return torch.cat(pieces)

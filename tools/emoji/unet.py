@@ -107,9 +107,7 @@ def snr_weights(alphas: Tensor) -> Tensor:
     return (snr.clamp(max=SNR_CEILING) / snr).sqrt()
 
 
-def claims(
-    classes: np.ndarray, of_others: np.ndarray, timesteps: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def claims(classes: np.ndarray, of_others: np.ndarray, timesteps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The scenes (B,) that the captions claim, of pictures that show the scenes ``classes`` (B,).
 
     Some animals alone are said to do something (``LOOSE_CAPTIONS``), and some pictures carry the caption of another

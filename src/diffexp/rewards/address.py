@@ -1,6 +1,6 @@
 """Where a reward server is, and the token that opens it. Needs no torch.
 
-The token never stands in an address: addresses stand in recipes, run folders and LoRA headers.
+The token never stands in an address: addresses stand in recipes and run folders.
 """
 
 from __future__ import annotations

@@ -101,8 +101,7 @@ class Client:
         if request.body:
             headers |= {"Content-Type": request.content_type, "Content-Length": str(len(request.body))}
         if self.connection.sock is None:
-            self.connection.connect()
-            self.connection.sock.settimeout(ANSWER_SECONDS)
+            self.connect()
         # a file is sent in blocks, so that a slow line has the time for each of them
         body = io.BytesIO(request.body) if request.body else None
         self.connection.request(request.method, self.address.path + request.path, body, headers)
@@ -111,6 +110,11 @@ class Client:
         if not data or (answer.length and len(data) <= request.longest):
             raise http.client.IncompleteRead(data)
         return answer.status, data
+
+    def connect(self) -> None:
+        """A new connection, with more time for answers than for itself."""
+        self.connection.connect()
+        self.connection.sock.settimeout(ANSWER_SECONDS)
 
     def refusal(self, request: Request, status: int, reason: str) -> Exception:
         """What a status other than 200 means for the run: to wait, or to end."""

@@ -149,6 +149,7 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "diffexp", ""
     disable_nagle_algorithm = True
     wbufsize = -1  # head and body of an answer leave together
+    requestline = ""  # which a head that is too long never becomes
 
     @property
     def host(self) -> RewardServer:
@@ -247,8 +248,8 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             # A reward may be anyone's code. The server lives on; whoever runs it sees the whole story.
             traceback.print_exc()
-            reason = (str(error).splitlines() or [""])[0]
-            raise Refused(500, f"the reward failed with {type(error).__name__}: {reason}") from None
+            told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise Refused(500, f"the reward failed: {' '.join(told.split())}") from None
 
     def answer(self, status: int, message: dict[str, Any]) -> None:
         """One line of JSON."""
@@ -285,10 +286,8 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.refuse(405 if code == 501 else code if code < 500 else 400, "this is no HTTP request that is served here")
 
-    def log_request(self, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Nothing: a stranger's request writes no log, and no header gets into one."""
-
-    log_error = log_request
 
 
 def serve(spec: str, host: str, port: int, token_file: Path | None, device_name: str, batch: int) -> None:

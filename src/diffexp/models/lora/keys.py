@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from diffexp.models.base import TextToImage
 from diffexp.models.lora.adapters import layer_modules
@@ -59,7 +59,7 @@ def filed_path(place: Place) -> str:
 def places(model: TextToImage) -> dict[Place, tuple[int, ...]]:
     """All layers of a model that can have an adapter, with the shapes of their weights."""
     return {
-        Place(folder, path): tuple(getattr(module, "base_layer", module).weight.shape)
+        Place(folder, path): tuple(cast(Any, getattr(module, "base_layer", module)).weight.shape)
         for folder, network in model.networks().items()
         for path, module in layer_modules(network)
     }
