@@ -58,8 +58,8 @@ def test_old_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     ("kind", "gib", "name", "expected"),
     [
         ("cuda", 8, "sd15-8gb", "runs here"),
-        ("cuda", 8, "sdxl-24gb", "needs about"),
-        ("cuda", 24, "sdxl-24gb", "runs here"),
+        ("cuda", 8, "sdxl-16gb", "needs about"),
+        ("cuda", 24, "sdxl-16gb", "runs here"),
         ("cpu", 64, "sd15-8gb", "needs a GPU with about"),
         ("cpu", 64, "emoji-ddpo", "runs here"),
         ("cpu", 1, "emoji-ddpo", "needs about"),
