@@ -40,7 +40,7 @@ def test_pages_name_settings_that_exist() -> None:
         named = set(re.findall(r"--set '?([a-z_.]+)=", content))
         if page.name != "coming_from.md":  # its tables have the settings of others
             named |= {key for key in re.findall(r"`([a-z_]+\.[a-z_.]+)`", content) if key.partition(".")[0] in sections}
-        named = {key for key in named if not key.endswith(".jsonl")}
+        named = {key for key in named if not key.endswith((".jsonl", ".py"))}
         wrong = {key for key in named - known if not any(one.startswith(f"{key}.") for one in known)}
         assert wrong <= {"section.key", "algorithm.batch"}, page.name
 

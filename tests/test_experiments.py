@@ -138,7 +138,15 @@ def test_what_is_not_there_is_said() -> None:
         jobs([FIGURES["4"]], SCALES["sd15"], 1, {"samples": 0})
 
 
-@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("sd")])
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("sd") and name.endswith("gb")])
+def test_recipes_by_memory_are_short_and_explained(name: str) -> None:
+    text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    assert len([line for line in text.splitlines() if "=" in line.partition("#")[0]]) <= 12
+    assert re.search(r"^# Memory: about [\d.]+ GiB, computed", text, re.MULTILINE)
+    assert "# What is set here is our choice" in text
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("sd") and not name.endswith("gb")])
 def test_recipes_of_real_models_are_short_and_explained(name: str) -> None:
     text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
     settings = [line for line in text.splitlines() if "=" in line.partition("#")[0]]
