@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -47,7 +51,7 @@ class TextToImage(ABC):
     ) -> None:
         self.unet, self.vae, self.source = unet.eval().requires_grad_(False), vae.eval().requires_grad_(False), source
         self.noise_schedule = noise_schedule
-        self.checkpoint_decoder = self.learns_text = False
+        self.learns_text = False
         self.autocast: torch.dtype | None = None  # what the network computes in, if not in its weights' precision
         # diffusers types its configurations as plain dictionaries
         self.unet_config: Any = unet.config
@@ -106,11 +110,6 @@ class TextToImage(ABC):
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
         """Images in [0, 1], float32, with gradients to the latents where they ask for them."""
-        if self.checkpoint_decoder and torch.is_grad_enabled() and latents.requires_grad:
-            return checkpoint(self._decode, latents, use_reentrant=False)
-        return self._decode(latents)
-
-    def _decode(self, latents: Tensor) -> Tensor:
         shift = getattr(self.vae_config, "shift_factor", None) or 0.0
         latents = latents / self.vae_config.scaling_factor + shift
         (images,) = self.vae.decode(cast(Any, latents.to(self.vae.dtype)), return_dict=False)
@@ -149,10 +148,17 @@ class TextToImage(ABC):
         return config.prediction_type
 
     def checkpointing(self, unet: bool, decoder: bool) -> None:
-        """Trades compute for memory where gradients flow: recompute the UNet's blocks, or the VAE's decoder."""
+        """Trades compute for memory where gradients flow: recompute the UNet's blocks, the decoder's parts, or both.
+
+        The decoder's parts are its residual blocks, attentions and upsamplers, one at a time: at the size of the image
+        each of them holds about ten tensors for its gradient, and diffusers' own checkpoints span three of them.
+        """
         if unet:
             self.unet.enable_gradient_checkpointing()
-        self.checkpoint_decoder = decoder
+        if decoder:
+            for part in self.vae.decoder.modules():
+                if isinstance(part, (Attention, ResnetBlock2D, Upsample2D)):
+                    part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]
 
     def computing(self) -> AbstractContextManager[Any]:
         """The context of a network pass: it computes in ``autocast`` where that is not the weights' precision."""
