@@ -13,6 +13,8 @@ from diffexp.learner import Learner
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Sampler
 
+pytest_plugins = ["commandline"]
+
 # no test may depend on how fast the machine is
 settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
