@@ -55,11 +55,15 @@ def test_a_run_ends_early_keeps_its_best_and_stays_ended(sd_folder: Path, tmp_pa
     run = train(settings, tmp_path / "run")
     before = (run / "metrics.jsonl").read_text()
     assert len(before.splitlines()) == 2
+    evaluations = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    distance = [line["kl_to_base"] for line in evaluations if line["reward"] == settings.evaluation.held_out]
+    assert distance[0] == 0 < distance[1], "the divergence from the untouched model stands beside the held-out reward"
     with safe_open(run / "best" / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["diffexp.iterations"] == "1"
     with safe_open(run / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["diffexp.iterations"] == "2"
-    train(settings, run)
+    with pytest.raises(UserError, match="already holds this run, finished"):
+        train(settings, run)
     assert (run / "metrics.jsonl").read_text() == before
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffexp.errors import UserError, unknown
+from diffexp.errors import UserError, one_line, refusal, unknown
 
 FOLDER = "control"
 REQUESTS = {
@@ -39,7 +39,8 @@ def ask(run: Path, request: str) -> str:
             if not is_waiting(request, inside):
                 os.close(os.open(request, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=inside))
     except OSError as error:
-        raise UserError(f"{folder}: can't leave a request there ({error.strerror})") from error
+        what = f"{folder}: can't leave a request there"
+        raise refusal(error, what) or UserError(f"{what} ({one_line(error)})") from error
     return REQUESTS[request]
 
 

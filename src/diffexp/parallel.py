@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffexp.errors import Lost
+from diffexp.errors import Lost, UserError, cut
 from diffexp.heartbeat import Heartbeat
 from diffexp.patience import patience
 
@@ -147,7 +147,14 @@ def messages(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def join(device: torch.device) -> Ranks:
-    """This process's place, as ``--processes``, torchrun or accelerate tell it in the environment; else alone."""
+    """This process's place, as ``--processes``, torchrun or accelerate tell it in the environment; else alone.
+
+    Raises:
+        UserError: if what they should have put there is no number.
+    """
+    for name in ("RANK", "WORLD_SIZE"):
+        if not (text := os.environ.get(name, "0")).isdecimal():
+            raise UserError(f"{name} = {cut(repr(text))} is no number: unset it, or let torchrun set it")
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     if not dist.is_initialized():

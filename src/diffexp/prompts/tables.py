@@ -109,8 +109,10 @@ def present(column: Column, names: Iterable[str]) -> str:
         UserError: if not, with the columns there are.
     """
     names = list(names)
+    if not names:
+        raise UserError(f"{column.where}: the table is empty; its first line names the columns")
     if column.name not in names:
-        raise unknown(f"column of {column.source}", column.name, names)
+        raise UserError(f"{column.where}: {unknown('column', column.name, names)}")
     return column.name
 
 

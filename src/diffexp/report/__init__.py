@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from diffexp.errors import UserError
+from diffexp.errors import UserError, writing
 from diffexp.report.page import render
 from diffexp.report.sources import Material
 
@@ -28,12 +29,15 @@ def write(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     if file.is_dir():
         file = file / FILE
     text, part = render(Material.read(runs)), file.with_name(f".{file.name}.part")
-    try:
+    with writing("--out", file):
         file.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)  # in a stranger's run it may be a link
-        with part.open("x", encoding="utf-8", newline="\n") as opened:
-            opened.write(text)
-        part.replace(file)
-    except OSError as error:
-        raise UserError(f"--out {file}: can't write there ({error.strerror})") from error
+        try:
+            with part.open("x", encoding="utf-8", newline="\n") as opened:
+                opened.write(text)
+            part.replace(file)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()  # gives the space back
+            raise
     return file

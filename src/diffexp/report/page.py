@@ -19,6 +19,9 @@ from diffexp.version import __version__
 NUMBER = re.compile(r"^[−+≥≤-]? ?\d|^[–∞]$|^not determined$")
 """How the cells of a column begin that is set flush right."""
 
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What steers a terminal that shows the file, or turns letters around: prompts may be a stranger's."""
+
 REFRESH = 3
 """Seconds between two looks of a page that follows a run."""
 
@@ -117,7 +120,7 @@ def embedded(data: Any) -> str:
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
+    return STEERING.sub("\ufffd", text)
 
 
 @cache
@@ -132,8 +135,15 @@ def template() -> Any:
     """The page's template. What it is given is escaped; only :func:`trusted` text is not."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, finalize=steady, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     return environment.from_string(asset("report.html.jinja"))
+
+
+def steady(value: Any) -> Any:
+    """What the template is given, without characters that steer; :func:`trusted` text as it is."""
+    return STEERING.sub("\ufffd", value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def numeric(rows: Sequence[Sequence[str]]) -> list[bool]:

@@ -306,7 +306,8 @@ def serve(spec: str, host: str, port: int, token_file: Path | None, device_name:
     try:
         server = RewardServer(reward, (host, port), token, Limits(images=batch), where)
     except OSError as error:
-        raise UserError(f"--host {host} --port {port}: can't listen there ({error.strerror})") from error
+        remedy = "give an address of this machine; --port 0 takes a free port"
+        raise UserError(f"--host {host} --port {port}: can't listen there ({error.strerror}); {remedy}") from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     guard = "with a token" if token else "without a token, for this machine only"
     with server, contextlib.suppress(KeyboardInterrupt):
