@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,14 @@ import torch
 from conftest import disturb
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from diffexp import models
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.lora_header import METADATA_KEY
 from diffexp.models import TextToImage, lora
+from diffexp.models.header import put_in_order
 from diffexp.records import to_images
 from diffexp.rollout import Batch, Sampler
 
@@ -123,6 +125,22 @@ def test_both_headers_have_what_tools_show(model: TextToImage, tmp_path: Path) -
         assert header["modelspec.hash_sha256"] == f"0x{header['sshs_model_hash']}"
         again = lora.save(model, tmp_path / "again", "mine", {"diffexp.queries": "7"})
         assert content in [path.read_bytes() for path in again], "the same adapter makes the same file"
+
+
+def test_headers_are_in_order_and_tensors_aligned(tmp_path: Path) -> None:
+    """The library writes metadata in an order that differs from process to process."""
+    tensors = {"b": torch.ones(3), "a": torch.ones(2, dtype=torch.float16), "c": torch.tensor(2.0), "d": torch.ones(0)}
+    metadata = {key: f"ü \n\x01 {key}" for key in "qwertyuiopasdfghjklzxcvbnm"}
+    content = io.BytesIO(save(tensors, metadata))
+    before = content.getvalue()
+    put_in_order(content)
+    after = content.getvalue()
+    size = int.from_bytes(after[:8], "little")
+    header = json.loads(after[8 : 8 + size])
+    assert list(header) == ["__metadata__", "b", "c", "d", "a"]
+    assert list(header["__metadata__"].items()) == sorted(metadata.items())
+    assert (size % 8, after[8 + size :], len(after)) == (0, before[8 + size :], len(before))
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in load(after).items())
 
 
 def test_load_restores_what_save_wrote(sd_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffexp import figures
+from diffexp import durable, figures
 from diffexp.config import Recipe
 from diffexp.errors import cut
 from diffexp.lora_header import FOLDERS, LoraHeader, without_paths
@@ -37,6 +37,11 @@ LICENCES = {
 """The licence of a base model, which a LoRA inherits."""
 
 
+def path(folder: Path, recipe: Recipe) -> Path:
+    """Where a finished run has its card."""
+    return folder / recipe.model.train / "README.md"
+
+
 def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     """Writes ``README.md`` and ``images`` beside what a finished run has trained, and returns the card's path.
 
@@ -45,7 +50,8 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     """
     from jinja2 import Environment, StrictUndefined
 
-    run, where = Run.read(folder), folder / recipe.model.train
+    run, card = Run.read(folder), path(folder, recipe)
+    where = card.parent
     data = without_paths(recipe.model_dump(mode="json"))
     base = without_paths(source.name)
     widget = gallery(folder / "samples", where / "images")
@@ -77,8 +83,7 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
         explores=run.explores,
         version=__version__,
     )
-    card = where / "README.md"
-    card.write_text(text, encoding="utf-8")
+    durable.replace(card, text.encode())  # whole or absent: that it is there says that the run is finished
     return card
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -67,6 +66,8 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Say everything as JSON, one object a line.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes on this machine that share the work.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -91,8 +92,8 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/RECIPE-sSEED.")] = None,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Say everything as JSON, one object a line.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the work.")] = 1,
+    as_json: JsonLines = False,
+    processes: Processes = 1,
     like: Annotated[
         Path | None, typer.Option(help="Instead of a recipe: a LoRA file or run, whose recipe is repeated.")
     ] = None,
@@ -101,23 +102,26 @@ def train(
 
     Example: diffexp train emoji-ddpo-diffexp --set iterations=20 --set seed=1 --out runs/first
     """
-    from diffexp.commands import recipe_to_train
+    from diffexp.commands import begin, recipe_to_train
 
     chosen, name = recipe_to_train(recipe, like, overrides)
     folder = out or Path("runs") / f"{name}-s{chosen.seed}"
-    if processes > 1:
-        from diffexp.launch import launch
+    source = [recipe] if recipe else ["--like", str(like)]
+    changes = [part for change in overrides or [] for part in ("--set", change)]
+    with writing("--out", folder):
+        begin(chosen, folder, ["train", *source, *changes, "--out", str(folder)], processes, quiet, as_json)
 
-        source = [recipe] if recipe else ["--like", str(like)]
-        changes = [part for change in overrides or [] for part in ("--set", change)]
-        modes = [*["--quiet"] * quiet, *["--json"] * as_json]
-        return launch(processes, ["train", *source, *changes, "--out", str(folder), *modes])
-    from diffexp.console import reporter
-    from diffexp.training import train
 
-    told = reporter(quiet, as_json)
-    with writing("--out", folder), redirect_stdout(sys.stderr if as_json else sys.stdout):
-        train(chosen, folder, told)
+@app.command()
+def resume(run: RunFolder, quiet: Quiet = False, as_json: JsonLines = False, processes: Processes = 1) -> None:
+    """Continue a run exactly where it was left, by the recipe in its folder. What is finished stays as it is.
+
+    Example: diffexp resume runs/first
+    """
+    from diffexp.commands import resume
+
+    with writing("RUN", run):
+        resume(run, processes, quiet, as_json)
 
 
 @app.command()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from diffexp import assembly, study
+from diffexp import assembly, runfolder, study
 from diffexp import prompts as prompt_sets
 from diffexp.config import Recipe
 from diffexp.diversity import pairwise_diversity
@@ -59,6 +61,29 @@ def recipe_to_train(name: str | None, like: Path | None, overrides: Sequence[str
     # in a run's folder the file is called as in every other's
     stem = source.parent.parent.name if source.parent.name in ("lora", "unet") else source.stem
     return recipe, f"{stem}-again"
+
+
+def begin(recipe: Recipe, folder: Path, arguments: list[str], processes: int, quiet: bool, as_json: bool) -> None:
+    """Trains in this process, or as ``diffexp ARGUMENTS`` in several."""
+    if processes > 1:
+        from diffexp.launch import launch
+
+        return launch(processes, [*arguments, *["--quiet"] * quiet, *["--json"] * as_json])
+    from diffexp.console import reporter
+    from diffexp.training import train
+
+    told = reporter(quiet, as_json)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        train(recipe, folder, told)
+
+
+def resume(run: Path, processes: int, quiet: bool, as_json: bool) -> None:
+    """Goes on with a run by its own recipe, or says that it is finished."""
+    recipe = runfolder.read_recipe(run)
+    refuse_code(recipe, run)
+    if runfolder.finished(run, recipe):
+        return say(f"{run} is finished: there is nothing left to do")
+    begin(recipe, run, ["resume", str(run)], processes, quiet, as_json)
 
 
 class Painter(NamedTuple):

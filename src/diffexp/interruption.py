@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the current iteration, with everything saved; a second one ends it at once."""
+"""Ctrl-C and SIGTERM end a run after the current step, with all whole iterations saved; a second one, at once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """A context that turns the first signal into ``requested`` and lets the second one through."""
+    """A context that turns the first signal into ``requested`` and lets the second one through.
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
-        self.announce, self.requested = announce, False
+    Once it is requested, ``between`` is called at every ``check`` of the code inside; it may raise ``Interrupted``.
+    """
+
+    def __init__(self, announce: Callable[[str], None], between: Callable[[], None] = lambda: None) -> None:
+        self.announce, self.between, self.requested = announce, between, False
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -45,7 +48,13 @@ class Interruption:
         """The handler of the first signal."""
         self.requested = True
         self.restore()
-        self.announce("finishing the iteration, then saving; once more to stop at once")
+        self.announce("stopping and saving; once more to stop at once")
+
+
+def check() -> None:
+    """Called between two steps of a rollout or an update: what was asked for by a signal is done here."""
+    if (interruption := _active.get()) and interruption.requested:
+        interruption.between()
 
 
 def pause(seconds: float) -> None:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from diffexp import interruption
 from diffexp.diffusion import NoiseSchedule, Transition, ddim
 from diffexp.errors import UserError
 from diffexp.exploration import Exploration, GuidanceSchedule, weighted
@@ -101,6 +102,7 @@ class Sampler:
         self, x_t: Float[Tensor, "B C H W"], i: int, text: TextEmbedding, w: float, learn: bool = True
     ) -> Transition:
         """p(x_{t-1} | x_t, c) of step i, under guidance scale w; without ``learn`` no gradient reaches the network."""
+        interruption.check()
         t, outputs = self.schedule.timesteps[i], []
         with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
             for rows, count in self.calls(len(x_t)):

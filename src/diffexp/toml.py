@@ -202,6 +202,14 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), tables["value"]
 
 
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
 def toml_lines(table: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
     """A table as TOML: first its values, then its sections. JSON's strings, numbers and arrays are TOML's too."""
     for key, value in table.items():

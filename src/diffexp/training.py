@@ -5,48 +5,42 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffexp import assembly, card, checkpoint, control, prompts, report, rewards
+from diffexp import assembly, card, control, durable, prompts, report, rewards
 from diffexp.config import Recipe
 from diffexp.environment import describe as describe_environment
 from diffexp.environment import peak_memory
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
+from diffexp.keeper import Keeper, State
 from diffexp.ledger import describe as describe_exploration
-from diffexp.links import check_links
 from diffexp.memory import agree
 from diffexp.parallel import join
 from diffexp.preview import Preview
+from diffexp.provenance import changes, made_with
 from diffexp.randomness import generator
-from diffexp.records import CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS, JsonLines
+from diffexp.records import CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS
 from diffexp.reporter import Reporter
 from diffexp.rewards.base import score_or_nan
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
 from diffexp.run_header import made_by
+from diffexp.runfolder import prepare
 from diffexp.samples import describe as describe_dropped
 from diffexp.samples import summary
 from diffexp.stopping import EarlyStopping
 from diffexp.tracking import Trackers, trackers_of
-from diffexp.version import __version__
 
 KL_IMAGES = 8  # of each set, on which the KL divergence to the untouched model is measured
 PREVIEWS = 8  # images of a preview that the recipe does not have, and someone asks for
-
-
-class State(NamedTuple):
-    """A run between two iterations, as a checkpoint holds it."""
-
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
 
 
 class Training:
@@ -80,53 +74,91 @@ class Training:
             self.learner.journals.append(self.reward.observed)
         self.batches = self.rollouts, self.learner.batch
         self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score, self.rollouts)
-        self.iteration = self.queries = self.saved = 0
-        self.state: State | None = None
-        self.saving = Lock()
+        self.interruption = Interruption(self.reporter.warned, self.pause)
+        self.made_with = made_with(self.model.device)
+        self.iteration = self.queries = 0
+        self.observed = False
+        self.published: int | None = None  # the iteration of the files in the folder of what is trained
+        self.keeper = Keeper(folder, recipe.checkpoint.keep_last, self.reporter, self.ranks.main)
 
     def run(self) -> Path:
         """Trains to the end, from the newest checkpoint if there is one; returns the run folder."""
-        with self.ranks.together(self.rescue):
+        with ExitStack() as held, self.ranks.together(self.keeper.rescue):
+            if self.ranks.main:
+                prepare(self.folder, self.recipe)
+                held.enter_context(durable.claimed(self.folder))
+                durable.sweep(self.folder)
             self.open_folder()
             self.reporter.started(self.recipe, self.folder, self.iteration)
             try:
-                with (
-                    Trackers(self.recipe, self.folder, self.ranks.main, self.reporter.warned) as self.trackers,
-                    Interruption(self.reporter.warned) as interruption,
-                ):
-                    self.loop(interruption)
-                if self.ranks.main:
-                    xl = "text_encoder_2" in self.model.text_encoders()
-                    self.attempt("model card", partial(card.write, self.folder, self.recipe, self.model.source, xl))
-                    self.attempt("report", partial(report.write, [self.folder]))
+                trackers = Trackers(self.recipe, self.folder, self.ranks.main, self.reporter.warned)
+                with trackers as self.trackers, self.interruption:
+                    self.loop()
+                self.finish()
                 self.reporter.finished(self.folder)
             finally:
                 self.reporter.closed()
         return self.folder
 
-    def loop(self, interruption: Interruption) -> None:
+    def loop(self) -> None:
         """All iterations that are left, each with what is due after it."""
-        total = self.recipe.iterations
         if self.iteration == 0:
             self.calibrate()
             self.observe()
-        while self.iteration < total and not self.stopping.over:
+        elif not self.observed:
+            self.complete()
+        while not self.over:
             self.step()
-            self.observe()
-            for change in agree(self.batches, self.ranks):
-                self.reporter.warned(change)
-            asked = self.asked()
-            if "sample" in asked:
-                self.preview()
-            self.state = self.capture()
-            if self.due(self.recipe.checkpoint.every) or "save" in asked or self.stopping.over:
-                self.save_trained(self.folder)
-                self.save(self.state)
-            if self.ranks.any(interruption.requested or "stop" in asked) and self.iteration < total:
-                self.save_trained(self.folder)
-                raise Interrupted(f"stopped after iteration {self.iteration} of {total}")
+            self.keeper.state = self.capture()
+            self.complete()
         if self.stopping.over:
-            self.reporter.warned(f"stopped after iteration {self.iteration} of {total}: {self.stopping.verdict()}")
+            self.reporter.warned(f"{self.so_far()}: {self.stopping.verdict()}")
+
+    @property
+    def over(self) -> bool:
+        """Whether there is no further iteration."""
+        return self.stopping.over or self.iteration >= self.recipe.iterations
+
+    def complete(self) -> None:
+        """What is due after an iteration."""
+        self.observe()
+        self.observed = True
+        for change in agree(self.batches, self.ranks):
+            self.reporter.warned(change)
+        asked = self.asked()
+        if "sample" in asked:
+            self.preview()
+        self.keeper.state = self.capture(self.keeper.state)
+        if self.due(self.recipe.checkpoint.every) or "save" in asked or self.over:
+            self.publish()
+            self.keeper.save()
+        if self.ranks.any(self.interruption.requested or "stop" in asked) and not self.over:
+            self.publish()
+            raise Interrupted(self.so_far())
+
+    def pause(self) -> None:
+        """Between two steps of a rollout or an update, once a signal has asked the run to end: it ends here.
+
+        Several processes can only end together, after the iteration. The one before is saved at once all the same.
+        """
+        self.keeper.save()
+        if self.ranks.size > 1:
+            return
+        if state := self.keeper.state:
+            self.model.set_state(state.section("lora"))  # an update may have begun
+            self.publish()
+        raise Interrupted(self.so_far())
+
+    def so_far(self) -> str:
+        return f"stopped after iteration {self.iteration} of {self.recipe.iterations}"
+
+    def finish(self) -> None:
+        """What was trained, the report, and the card. The card is the last: where it is, the run is finished."""
+        self.publish()
+        if self.ranks.main:
+            xl = "text_encoder_2" in self.model.text_encoders()
+            self.attempt("report", partial(report.write, [self.folder]))
+            self.attempt("model card", partial(card.write, self.folder, self.recipe, self.model.source, xl))
 
     def step(self) -> None:
         """One iteration: sample with exploration, score, update, and a line in ``metrics.jsonl``."""
@@ -140,7 +172,7 @@ class Training:
                 metrics, rewards, dropped = self.algorithm.step(batch)
         except UserError as error:
             raise UserError(f"iteration {iteration}: {error}") from error
-        self.iteration = iteration
+        self.iteration, self.observed = iteration, False
         self.queries += int(metrics.pop("queries"))
         seconds = time.perf_counter() - start
         record: dict[str, Any] = {"iteration": iteration, "queries": self.queries, **metrics, "dropped": len(dropped)}
@@ -152,10 +184,10 @@ class Training:
             record["bad"] = describe_dropped(dropped, batch.prompts)
             self.reporter.warned(f"iteration {iteration}: {summary(record['bad'])}")
         if self.ranks.main:
-            self.metrics.append(record)
+            self.keeper.records.append(METRICS, record)
             if self.exploration.active(iteration, self.recipe.iterations):
                 explored = describe_exploration(batch, self.sampler, self.exploration.words, rewards.cpu())
-                self.explorations.append({"iteration": iteration, **explored})
+                self.keeper.records.append(EXPLORATION, {"iteration": iteration, **explored})
         self.reporter.stepped(record)
 
     def batch(self, iteration: int) -> Batch:
@@ -197,7 +229,7 @@ class Training:
             for result in results:
                 record = {"iteration": self.iteration, "queries": self.queries, **result._asdict()}
                 if self.ranks.main:
-                    self.evaluations.append(record)
+                    self.keeper.records.append(EVALUATIONS, record)
                 tag = f"evaluation/{result.prompts}/{result.reward}"
                 figures = {tag: result.mean, "train/queries": self.queries}
                 if result.kl_to_base is not None:
@@ -238,60 +270,56 @@ class Training:
             self.reporter.warned(f"no {what} after iteration {self.iteration}: {type(error).__name__}: {error}")
 
     def open_folder(self) -> None:
-        """Makes the run folder, or takes up the unfinished run in it.
+        """Takes up the run in the folder where it was left.
 
         Raises:
-            UserError: if the folder holds a finished run, the run of another recipe, or something else; or if it is not
-                the same for all processes.
+            UserError: if no checkpoint is whole, or the folder is not the same for all processes.
         """
         if self.ranks.main:
-            prepare(self.folder, self.recipe)
             control.take(self.folder)  # what was asked of an earlier process is not asked of this one
             environment = describe_environment(self.model.device, self.ranks.size)
-            (self.folder / ENVIRONMENT).write_text(json.dumps(environment, indent=1), encoding="utf-8")
+            durable.replace(self.folder / ENVIRONMENT, json.dumps(environment, indent=1).encode())
         self.ranks.wait()
         shared = f"--out {self.folder} must be one folder, on a file system that all machines of the run share"
         if self.ranks.any(not (self.folder / CONFIG).is_file()):
             raise UserError(f"{shared}: some processes don't see it")
-        self.metrics, self.evaluations = JsonLines(self.folder / METRICS), JsonLines(self.folder / EVALUATIONS)
-        self.explorations = JsonLines(self.folder / EXPLORATION)
-        self.restore(checkpoint.read_newest(self.folder / "checkpoints"))
+        if state := self.keeper.open():
+            self.restore(state)
         if self.ranks.any(self.iteration != self.ranks.greatest(self.iteration)):
             raise UserError(f"{shared}: some processes find another checkpoint in it than others")
 
-    def capture(self) -> State:
-        """Everything that the next iteration depends on, copied: whatever happens in it, this can still be saved."""
-        tensors = {f"lora.{key}": value for key, value in self.model.state().items()}
-        tensors |= {f"optimizer.{key}": value for key, value in self.learner.state().items()}
+    def capture(self, known: State | None = None) -> State:
+        """Everything that the next iteration depends on, copied: whatever happens in it, this can still be saved.
+
+        The tensors of a ``known`` state of the same iteration are not copied again.
+        """
+        tensors = known.tensors if known else self.tensors()
         numbers = {
             "iteration": self.iteration,
             "queries": self.queries,
             "algorithm": self.algorithm.state(),
             "reward": self.reward.state_dict() if isinstance(self.reward, Ensemble) else {},
-            METRICS: self.metrics.size(),
-            EVALUATIONS: self.evaluations.size(),
-            EXPLORATION: self.explorations.size(),
             "stopping": self.stopping.state(),
             "batches": [batch.size for batch in self.batches],
-            "version": __version__,
+            "over": self.over,
+            "observed": self.observed,
+            "records": self.keeper.records.sizes(),
+            "made_with": self.made_with,
         }
         return State(tensors, numbers)
 
-    def save(self, state: State) -> None:
-        """Makes a state the run's newest checkpoint."""
-        iteration = state.numbers["iteration"]
-        with self.saving:
-            if iteration == self.saved or not self.ranks.main:
-                return
-            folder, keep = self.folder / "checkpoints", self.recipe.checkpoint.keep_last
-            checkpoint.write(folder, iteration, state.tensors, state.numbers, keep)
-            self.saved = iteration
-            self.reporter.saved(iteration)
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of what is trained, and of the optimiser's moments."""
+        return {
+            **{f"lora.{key}": value for key, value in self.model.state().items()},
+            **{f"optimizer.{key}": value for key, value in self.learner.state().items()},
+        }
 
-    def rescue(self) -> None:
-        """Saves the last whole iteration: whatever ended the run, nothing computed is lost."""
-        if self.state:
-            self.save(self.state)
+    def publish(self) -> None:
+        """The newest of what is trained, in the run folder."""
+        if self.published != self.iteration:
+            self.save_trained(self.folder)
+            self.published = self.iteration
 
     def save_trained(self, folder: Path) -> None:
         """The LoRA files, or the network, with what made them in their headers."""
@@ -299,16 +327,11 @@ class Training:
             metadata = made_by(self.recipe, self.prompts, self.model.source.commit, self.iteration, self.queries)
             assembly.save_trained(self.recipe, self.model, folder, metadata)
 
-    def restore(self, newest: checkpoint.Checkpoint | None) -> None:
-        """Goes back to a checkpoint, or to the untouched model, and cuts the records to what was known then."""
-        if newest is None:
-            self.cut(0, 0, 0)
-            return
-        for damaged in newest.damaged:
-            self.reporter.warned(f"passed over a damaged checkpoint: {damaged}")
-        tensors, numbers = newest.tensors, newest.numbers
-        self.model.set_state(section(tensors, "lora."))
-        self.learner.load_state(section(tensors, "optimizer."))
+    def restore(self, state: State) -> None:
+        """Goes back to the state of a checkpoint."""
+        numbers = state.numbers
+        self.model.set_state(state.section("lora"))
+        self.learner.load_state(state.section("optimizer"))
         self.algorithm.load_state(numbers["algorithm"])
         if isinstance(self.reward, Ensemble):
             self.reward.load_state_dict(numbers["reward"])
@@ -316,58 +339,10 @@ class Training:
             self.stopping.load_state(numbers["stopping"])
             for batch, size in zip(self.batches, numbers["batches"], strict=True):
                 batch.size = batch.told = size
-        self.iteration = self.saved = numbers["iteration"]
-        self.queries = numbers["queries"]
-        self.cut(numbers[METRICS], numbers[EVALUATIONS], numbers.get(EXPLORATION, 0))
-        if numbers["version"] != __version__:
-            self.reporter.warned(f"the run was begun by version {numbers['version']}, this is {__version__}")
-
-    def cut(self, metrics: int, evaluations: int, explorations: int) -> None:
-        """Takes back what the records say of iterations after the restored one."""
-        if self.ranks.main:
-            self.metrics.cut(metrics)
-            self.evaluations.cut(evaluations)
-            self.explorations.cut(explorations)
-
-
-def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def prepare(folder: Path, recipe: Recipe) -> None:
-    """Makes a run folder with its ``config.toml``, or checks that the one there is the same recipe's unfinished run.
-
-    Raises:
-        UserError: if it is not, or the folder can't be written.
-    """
-    resolved, config = recipe.to_toml(), folder / CONFIG
-    check_links(folder)
-    if config.is_file():
-        check_same(folder, config.read_text(encoding="utf-8"), resolved)
-        newest = checkpoint.read_newest(folder / "checkpoints")
-        if newest and newest.numbers["iteration"] >= recipe.iterations:
-            raise UserError(f"--out {folder} already holds this run, finished: choose another folder")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--out {folder} holds other files and no run: choose a new or an empty folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(resolved, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {folder}: can't write there ({error.strerror})") from error
-
-
-def check_same(folder: Path, old: str, new: str) -> None:
-    """Refuses to go on with another recipe than the run's.
-
-    Raises:
-        UserError: with the lines that differ.
-    """
-    before, now = old.splitlines(), new.splitlines()
-    changed = [line for line in before if line not in now] + [line for line in now if line not in before]
-    if before != now:
-        what = "; ".join(line for line in changed if line) or "the order of its lines"
-        raise UserError(f"--out {folder} already holds a run of another recipe ({what}): choose another folder")
+        self.iteration, self.queries = numbers["iteration"], numbers["queries"]
+        self.observed = numbers.get("observed", True)
+        if changed := changes(numbers.get("made_with", {}), self.made_with):
+            self.reporter.warned(f"{changed} since the checkpoint: the run may differ from one without a break")
 
 
 def train(recipe: Recipe, out: Path | str, reporter: Reporter | None = None) -> Path:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from diffexp.errors import UserError
 from diffexp.lora_header import UNET_FILE
 from diffexp.models.base import TextToImage
+from diffexp.models.header import put_in_order
 from diffexp.version import __version__
 
 
@@ -31,6 +32,8 @@ def save(model: TextToImage, folder: Path, metadata: Mapping[str, str] | None = 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.unet.state_dict().items()}
     unfinished = folder / f"{UNET_FILE}.tmp"
     save_file(tensors, unfinished, {"format": "pt", "diffexp.version": __version__, **(metadata or {})})
+    with unfinished.open("r+b") as file:
+        put_in_order(file)
     return unfinished.replace(folder / UNET_FILE)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from diffexp import durable
 from diffexp.lora_header import DIFFUSERS_FILE, METADATA_KEY, without_paths
 from diffexp.models.base import TextToImage
+from diffexp.models.header import put_in_order
 from diffexp.models.lora.adapters import Layers, adapters, config_of
 from diffexp.models.lora.keys import Place, diffusers_stem, kohya_stem, places
 from diffexp.version import __version__
@@ -43,11 +46,11 @@ def save(model: TextToImage, folder: Path, name: str, metadata: Mapping[str, str
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Writes a safetensors file with hashes of its tensors in the header; under another name first, so never half."""
+    """Writes a safetensors file with hashes of its tensors in the header; it is never seen half written."""
     plain = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_bytes(to_bytes(plain, {**header, **hashes(plain, header)}))
-    unfinished.replace(file)
+    content = BytesIO(to_bytes(plain, {**header, **hashes(plain, header)}))
+    put_in_order(content)
+    durable.replace(file, content.getvalue())
 
 
 def hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
