@@ -8,9 +8,11 @@ from brightness import brightness
 from conftest import caught_gradient
 from test_rollout import explored
 
+from diffexp import models
 from diffexp.algorithms import DDPO
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
 from diffexp.algorithms.ddpo import clipped_policy_loss
+from diffexp.algorithms.timesteps import sensitivity, step_weights
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
 from diffexp.memory import MicroBatch
@@ -115,9 +117,48 @@ def test_minibatches_use_every_sample_once(sampler: Sampler) -> None:
     assert len(parts) == 3
 
 
-def test_timesteps_below_the_minimum_are_left_out(sampler: Sampler) -> None:
+def test_late_timesteps_are_left_out(sampler: Sampler) -> None:
     assert sampler.schedule.timesteps == (751, 501, 251, 1)
-    assert ddpo(sampler, min_timestep=100).learned_steps() == [0, 1, 2]
+    assert ddpo(sampler).learned_steps() == [0, 1, 2, 3]
+    assert ddpo(sampler, timestep_weights="masked").learned_steps() == [0, 1, 2]
+
+
+def test_weights_scale_each_steps_gradient(sampler: Sampler) -> None:
+    """On-policy, the weighted loss is the mean over learned steps of omega_t times the plain loss of step t."""
+    batch = explored(sampler.model, 1.0)
+    plain, weighted = ddpo(sampler), ddpo(sampler, timestep_weights="sigma")
+    trajectory, advantages = sampler.rollout(batch, 4), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    rows = [0, 1, 2, 3]
+    sigmas = [sampler.schedule.std(i, 1.0) for i in range(3)]
+    for i, sigma in enumerate(sigmas):
+        torch.testing.assert_close(
+            weighted.figures(trajectory, i, rows, advantages)["loss"],
+            plain.figures(trajectory, i, rows, advantages)["loss"] * sigma / (sum(sigmas) / 3),
+        )
+    assert len(list(weighted.losses(trajectory, advantages, rows, 4))) == 3
+
+
+# t, sigma_t and w_t of 20 steps with eta = 1, from the variances of diffusers' DDIMScheduler
+STEPS = {951: (0.6444, 0.853), 501: (0.4293, 0.6261), 101: (0.1673, 1.1413), 51: (0.0406, 5.4309), 1: (0.0206, 1.0032)}
+
+
+def test_step_weights_by_independent_numbers() -> None:
+    schedule = models.load("emoji").schedule(20)
+    place = {t: schedule.timesteps.index(t) for t in STEPS}
+    for t, (sigma, w) in STEPS.items():
+        assert schedule.std(place[t], 1.0) == pytest.approx(sigma, abs=1e-4)
+        assert sensitivity(schedule, place[t], 1.0) == pytest.approx(w, abs=2e-4)
+    found = {scheme: step_weights(scheme, schedule, 1.0) for scheme in ("none", "masked", "sigma", "uniform")}
+    assert found["none"] == (1.0,) * 20
+    assert found["masked"] == (1.0,) * 18 + (0.0, 0.0)
+    for scheme in ("sigma", "uniform"):
+        assert found[scheme][18:] == (0.0, 0.0)
+        assert sum(found[scheme]) == pytest.approx(18)
+    assert found["sigma"][0] / found["sigma"][place[101]] == pytest.approx(0.6444 / 0.1673, rel=1e-3)
+    assert found["uniform"][0] / found["uniform"][place[101]] == pytest.approx(1.1413 / 0.853, rel=1e-3)
+    # the page of this measure: one step holds 73 % of the squared scores at 20 steps
+    squares = [sensitivity(schedule, i, 1.0) ** 2 for i in range(20)]
+    assert squares[place[51]] / sum(squares) == pytest.approx(0.73, abs=0.005)
 
 
 @pytest.mark.parametrize("model", ["sd"], indirect=True)
@@ -125,7 +166,8 @@ def test_ddpo_learns_brightness(model: TextToImage) -> None:
     """The policy gradient must find, in seconds, that brighter is better."""
     lora.add(model, rank=4, targets=("to_v", "conv_out"), seed=0)
     sampler = Sampler(model, model.schedule(4), model.latent_shape())
-    algorithm = DDPO(sampler, Learner(model.trainable(), 0.1), brightness, clip=1e-2, minibatches=1, min_timestep=100)
+    learner = Learner(model.trainable(), 0.1)
+    algorithm = DDPO(sampler, learner, brightness, clip=1e-2, minibatches=1, timestep_weights="masked")
     text, steps = model.encode(["cat"] * 32), []
     for iteration in range(6):
         on = Batch(["cat"] * 32, text, ConstantGuidance(1.0), [(0, iteration, k) for k in range(32)])

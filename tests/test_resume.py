@@ -139,8 +139,8 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(run: Path, settings
 
 def test_a_run_of_before_a_setting_existed_goes_on_with_its_default(run: Path, settings: Recipe) -> None:
     config = (run / CONFIG).read_text()
-    assert "\nmin_timestep = 0\n" in config
-    (run / CONFIG).write_text(config.replace("\nmin_timestep = 0\n", "\n"))
+    assert "\nkl = 0.0\n" in config
+    (run / CONFIG).write_text(config.replace("\nkl = 0.0\n", "\n"))
     training = Training(settings, run)
     training.run()
     assert training.iteration == 3

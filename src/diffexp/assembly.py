@@ -125,7 +125,7 @@ def ddpo(
         inner_epochs=settings.inner_epochs,
         minibatches=settings.minibatches,
         advantages=statistics,
-        min_timestep=settings.min_timestep,
+        timestep_weights=settings.timestep_weights,
         kl=settings.kl,
         rollout_batch=batch,
     )

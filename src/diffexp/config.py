@@ -157,10 +157,18 @@ class DDPOSettings(Settings):
     """Normalise rewards by the prompt's own past rewards, or within the iteration."""
     min_count: Positive = 16
     """Rewards a prompt needs before its own statistics count."""
-    min_timestep: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Leave steps at t below this out of the loss (not in the paper)."""
+    timestep_weights: Literal["none", "masked", "sigma", "uniform"] = "none"
+    """Not in the paper: leave t ≤ 100 out of the loss, and weight the other steps alike, by σ_t, or by 1/w_t."""
     kl: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL divergence to the untouched model (DPOK); costs one more forward pass."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_min_timestep(cls, data: Any) -> Any:
+        """Recipes of before ``timestep_weights`` have a setting less: 0 left no step out."""
+        if isinstance(data, Mapping) and data.get("min_timestep") == 0:
+            return {key: value for key, value in data.items() if key != "min_timestep"}
+        return data
 
 
 class AlignPropSettings(Settings):

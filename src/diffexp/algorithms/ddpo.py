@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
 from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.algorithms.timesteps import Scheme, step_weights
 from diffexp.learner import Learner, Share
 from diffexp.memory import MicroBatch
 from diffexp.randomness import generator
@@ -41,8 +42,9 @@ class DDPO:
 
     ``clip`` is ξ above, ``advantage_clip`` bounds |A|. Each of ``inner_epochs`` passes over the batch takes
     ``minibatches`` optimiser steps. ``rollout_batch`` bounds memory and changes nothing else.
-    ``min_timestep`` leaves the steps at t below it out of the loss (0: none; ours, not the paper's). ``kl`` > 0 adds
-    that many times KL(p_θ ‖ p_base) of every transition: DPOK (Fan et al. 2023), at the cost of one more forward pass.
+    ``timestep_weights`` is how much each step counts in the loss (:func:`diffexp.algorithms.timesteps.step_weights`;
+    ours, not the paper's). ``kl`` > 0 adds that many times KL(p_θ ‖ p_base) of every transition: DPOK (Fan et al.
+    2023), at the cost of one more forward pass.
     """
 
     sampler: Sampler
@@ -53,7 +55,7 @@ class DDPO:
     inner_epochs: int = 1
     minibatches: int = 2
     advantages: PromptAdvantages | None = None
-    min_timestep: int = 0
+    timestep_weights: Scheme = "none"
     kl: float = 0.0
     rollout_batch: MicroBatch = field(default_factory=lambda: MicroBatch(8, "rollout.batch"))
 
@@ -91,14 +93,14 @@ class DDPO:
         order = torch.randperm(len(batch.prompts), generator=shuffle)
         return [sorted(part.tolist()) for part in order.tensor_split(self.minibatches) if len(part)]
 
+    @cached_property
+    def credit(self) -> tuple[float, ...]:
+        """ω_t of each step: 0 where the loss does not look."""
+        return step_weights(self.timestep_weights, self.sampler.schedule, self.sampler.eta)
+
     def learned_steps(self) -> list[int]:
-        """The steps that the loss looks at: all that have a density."""
-        schedule = self.sampler.schedule
-        return [
-            i
-            for i, t in enumerate(schedule.timesteps)
-            if t >= self.min_timestep and schedule.std(i, self.sampler.eta) > 0
-        ]
+        """The steps that the loss looks at: all that have a density, and are not left out."""
+        return [i for i, weight in enumerate(self.credit) if weight > 0]
 
     def losses(self, trajectory: Trajectory, advantages: Tensor, rows: list[int], count: int) -> Iterator[Share]:
         """What each transition of this process's ``rows`` adds to a mean over the transitions of ``count`` samples.
@@ -118,7 +120,7 @@ class DDPO:
         text = self.sampler.current(prompts, trajectory.text.select(rows))
         step = self.sampler.transition(x_t, i, text, w)
         log_prob = step.log_prob(x_prev)
-        loss = clipped_policy_loss(log_prob, old, advantage, self.clip)
+        loss = self.credit[i] * clipped_policy_loss(log_prob, old, advantage, self.clip)
         drift = (log_prob - old).detach()
         figures = {
             "loss": loss,
