@@ -63,16 +63,19 @@ def test_a_recipe_in_bf16_starts_on_policy(xl_folder: Path, tmp_path: Path) -> N
     assert line["grad_norm"] > 0
 
 
-@pytest.mark.parametrize(("precision", "fixed"), [("fp32", False), ("bf16", True)])
-def test_only_rounding_precisions_fix_the_shape(xl_folder: Path, precision: str, fixed: bool) -> None:
-    settings = recipe(str(xl_folder), "ddpo", **{"model.precision": precision, "update.batch": 3})
+@pytest.mark.parametrize(
+    ("precision", "batch", "rows"),
+    [("fp32", 3, None), ("bf16", 3, 3), ("bf16", 64, 4)],  # each update has 4 samples
+)
+def test_only_rounding_precisions_fix_the_shape(xl_folder: Path, precision: str, batch: int, rows: int | None) -> None:
+    changes = {"model.precision": precision, "update.batch": batch, "samples": 7, "algorithm.minibatches": 2}
+    settings = recipe(str(xl_folder), "ddpo", **changes)
     model = assembly.model(settings)
     assembly.make_trainable(settings, model)
     sampler = assembly.sampler(settings, model)
     ddpo = assembly.algorithm(settings, sampler, assembly.learner(settings, model), lambda images, prompts: images)
     assert isinstance(ddpo, DDPO)
-    assert (ddpo.sampler.rows is not None) == fixed
-    assert not fixed or ddpo.sampler.rows() == 3
+    assert (ddpo.sampler.rows and ddpo.sampler.rows()) == rows
     assert sampler.rows is None, "evaluation keeps its own batches"
 
 

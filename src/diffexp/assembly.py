@@ -80,7 +80,10 @@ def one_shape(recipe: Recipe, on: Sampler, optimiser: Learner) -> Sampler:
     range. CUDA computes convolutions of float32 in TF32.
     """
     careless = recipe.model.precision == "fp32" and on.model.device.type == "cpu"
-    return on if careless else replace(on, rows=lambda: optimiser.batch.size)
+    # filling up a call costs as much as samples do: no more rows than an update has
+    parts = recipe.algorithm.minibatches if isinstance(recipe.algorithm, DDPOSettings) else 1
+    most = -(-recipe.samples // (parts * optimiser.ranks.size))
+    return on if careless else replace(on, rows=lambda: min(optimiser.batch.size, most))
 
 
 def exploration(recipe: Recipe, on: Sampler) -> Exploration:

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffexp.errors import UserError, one_line
 from diffexp.models.base import TextToImage
+from diffexp.models.fast import quicken
 from diffexp.models.foreign import check_index, check_part, read_json
 from diffexp.models.hub import locate
 from diffexp.models.schedulers import ddim_scheduler
@@ -58,7 +59,10 @@ def load(
 
     def part(cls: Any, subfolder: str, dtype: torch.dtype = dtype) -> Any:
         with opening(name, subfolder):
-            return open_part(cls, folder, subfolder, dtype, variant).to(device, memory_format=layout)
+            network = open_part(cls, folder, subfolder, dtype, variant).to(device, memory_format=layout)
+        if subfolder in ("unet", "vae"):
+            quicken(network)
+        return network
 
     def words(subfolder: str) -> CLIPTokenizer:
         with opening(name, subfolder):

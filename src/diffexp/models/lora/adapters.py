@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffexp.errors import UserError
 from diffexp.models.base import TextToImage
+from diffexp.models.fast import quicken_adapter
 from diffexp.randomness import generator
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -90,6 +91,7 @@ def attach(model: TextToImage, folder: str, config: LoraConfig) -> None:
     network: Any = model.networks()[folder]
     with torch.random.fork_rng(devices=[]):
         network.add_adapter(config)
+    quicken_adapter(network)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
