@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import shlex
@@ -15,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from commandline import Command, make_read_only, refused, sets, snapshot, tiny
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffexp import cli
+from diffexp.errors import UserError, writing
+from diffexp.rewards import sources, weights
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 
@@ -575,6 +580,26 @@ def test_a_disk_that_is_really_full(place: Path, finished: Path, diffexp: Comman
     (place / "new" / "comparison.json").symlink_to("/dev/full")
     says = "--out new: can't write there: no space left on device; make room on that disk"
     check(diffexp, place, ["compare", str(finished), "--out", "new"], says)
+
+
+def test_what_a_library_in_rust_says_of_a_disk(place: Path) -> None:
+    says = "--out x: can't write there: is a directory; choose another folder"
+    with pytest.raises(UserError, match=says), writing("--out", Path("x")):
+        save_file({}, place / "thesis")
+    with pytest.raises(UserError, match="no space left on device; make room"), writing("--out", Path("x")):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(ValueError, match="of ours"), writing("--out", Path("x")):
+        raise ValueError("a mistake of ours")
+
+
+def test_a_cache_without_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = sources.cache_folder() / sources.HPS_20.files[0]
+    placed.parent.mkdir(parents=True)
+    torch.save({"a": torch.zeros(1)}, placed)
+    monkeypatch.setenv(sources.TRUST, hashlib.sha256(placed.read_bytes()).hexdigest())
+    make_read_only(place, monkeypatch)
+    with pytest.raises(UserError, match=r"DIFFEXP_CACHE .*read-only file system; choose a folder"):
+        weights.unpickled(sources.HPS_20, lambda state, folder: None)
 
 
 READ_ONLY = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -74,10 +76,23 @@ def writing(setting: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOENT and not path.parent.exists():
+    except UserError:
+        raise
+    except Exception as error:
+        refused = of_the_system(error)
+        if refused is None:
+            raise
+        if refused.errno == errno.ENOENT and not path.parent.exists():
             raise UserError(f"{setting} {cut(str(path))}: there is no folder {cut(str(path.parent))}") from error
-        raise refusal(error, f"{setting} {cut(str(path))}: can't write there") or error from error
+        raise refusal(refused, f"{setting} {cut(str(path))}: can't write there") or error from error
+
+
+def of_the_system(error: Exception) -> OSError | None:
+    """The operating system's error that one stands for: safetensors, written in Rust, has a type of its own."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

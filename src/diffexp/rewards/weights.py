@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
-from diffexp.errors import UserError
+from diffexp.errors import UserError, writing
 from diffexp.quiet import no_progress_bars
-from diffexp.rewards.sources import TRUST, Source, cache_folder, converted_folder, find_converted, trusted
+from diffexp.rewards.sources import CACHE, TRUST, Source, cache_folder, converted_folder, find_converted, trusted
 
 State = dict[str, Tensor]
 Model = TypeVar("Model")
@@ -38,7 +38,7 @@ def unpickled(source: Source, convert: Callable[[State, Path], None]) -> Path:
     reader, which builds tensors and runs no code.
 
     Raises:
-        UserError: if the file is missing, has another hash, or holds anything but tensors.
+        UserError: if the file is missing, has another hash, or holds anything but tensors, or there is no room.
     """
     folder = find_converted(source)
     if folder:
@@ -48,17 +48,18 @@ def unpickled(source: Source, convert: Callable[[State, Path], None]) -> Path:
         digest = _accepted_digest(source, file)
         state = _read_tensors(source, file)
     folder = converted_folder(source, digest)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        convert(state, scratch)
-        scratch.rename(folder)
-    except OSError:
-        # Another process may have been quicker; its folder holds the same.
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with writing(CACHE, folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            convert(state, scratch)
+            scratch.rename(folder)
+        except OSError:
+            # Another process may have been quicker; its folder holds the same.
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
