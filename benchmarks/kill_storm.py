@@ -81,7 +81,7 @@ def recipe(model: Path, algorithm: str) -> Recipe:
         "sampler": {"steps": 2},
         "algorithm": ALGORITHMS[algorithm],
         "exploration": {"guidance": {"fraction": 0.5}, "words": {}},
-        "evaluation": {"every": 2, "images": 1},
+        "evaluation": {"every": 3, "images": 1},
         "preview": {"every": 3, "images": 1},
         "checkpoint": {"every": 1, "keep_last": 1},
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,19 @@ def read_recipe(folder: Path) -> Recipe:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no run folder: it has no {CONFIG}; give one that `diffexp train` made")
     return Recipe.load(folder / CONFIG)
+
+
+@contextmanager
+def claimed(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """A context in which this process alone begins a recipe's run in a folder, or goes on with it.
+
+    Raises:
+        UserError: if the folder holds anything else, can't be written, or is another process's.
+    """
+    prepare(folder, recipe)
+    with durable.claimed(folder):
+        durable.sweep(folder)
+        yield
 
 
 def prepare(folder: Path, recipe: Recipe) -> None:
@@ -73,17 +88,17 @@ def told(value: Any) -> str:
 
 
 def finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in a folder is complete: its iterations, what it has trained, and the card of that.
+    """Whether the run in a folder is complete: the card of what it has trained is the last that it writes.
 
     Raises:
-        UserError: if its checkpoints are damaged or gone, so that nobody can tell.
+        UserError: if it is not, and its checkpoints are gone.
     """
-    done = card.path(folder, recipe).is_file()
-    if not checkpoint.newest_first(folder / CHECKPOINTS) and (done or iterations(folder) > recipe.checkpoint.every):
+    if card.path(folder, recipe).is_file():
+        return True
+    if not checkpoint.newest_first(folder / CHECKPOINTS) and iterations(folder) > recipe.checkpoint.every:
         what = f"the {CHECKPOINTS} of this run are gone, and to begin it anew would wipe its records"
         raise UserError(f"{folder}: {what}: put them back, or choose another folder")
-    newest = checkpoint.read_newest(folder / CHECKPOINTS) if done else None
-    return newest is not None and newest.numbers.get("over", newest.numbers["iteration"] >= recipe.iterations)
+    return False
 
 
 def iterations(folder: Path) -> int:

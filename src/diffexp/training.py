@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from diffexp.config import Recipe
 from diffexp.environment import describe as describe_environment
 from diffexp.environment import peak_memory
 from diffexp.errors import UserError
+from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance
 from diffexp.interruption import Interrupted, Interruption
 from diffexp.keeper import Keeper, State
@@ -33,7 +34,7 @@ from diffexp.rewards.base import score_or_nan
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
 from diffexp.run_header import made_by
-from diffexp.runfolder import prepare
+from diffexp.runfolder import claimed
 from diffexp.samples import describe as describe_dropped
 from diffexp.samples import summary
 from diffexp.stopping import EarlyStopping
@@ -85,9 +86,7 @@ class Training:
         """Trains to the end, from the newest checkpoint if there is one; returns the run folder."""
         with ExitStack() as held, self.ranks.together(self.keeper.rescue):
             if self.ranks.main:
-                prepare(self.folder, self.recipe)
-                held.enter_context(durable.claimed(self.folder))
-                durable.sweep(self.folder)
+                held.enter_context(claimed(self.folder, self.recipe))
             self.open_folder()
             self.reporter.started(self.recipe, self.folder, self.iteration)
             try:
@@ -164,31 +163,32 @@ class Training:
         """One iteration: sample with exploration, score, update, and a line in ``metrics.jsonl``."""
         start, iteration = time.perf_counter(), self.iteration + 1
         batch = self.batch(iteration)
+        ensemble = self.reward if isinstance(self.reward, Ensemble) else None
         try:
-            if isinstance(self.reward, Ensemble):
-                with self.reward.observing(self.ranks.concatenate):
-                    metrics, rewards, dropped = self.algorithm.step(batch)
-            else:
+            with ensemble.observing(self.ranks.concatenate) if ensemble else nullcontext():
                 metrics, rewards, dropped = self.algorithm.step(batch)
         except UserError as error:
             raise UserError(f"iteration {iteration}: {error}") from error
         self.iteration, self.observed = iteration, False
         self.queries += int(metrics.pop("queries"))
-        seconds = time.perf_counter() - start
         record: dict[str, Any] = {"iteration": iteration, "queries": self.queries, **metrics, "dropped": len(dropped)}
-        record["seconds"] = round(seconds, 3)
+        record["seconds"] = round(time.perf_counter() - start, 3)
         if (memory := peak_memory(self.model.device)) is not None:
             record["memory_gib"] = round(memory, 3)
         self.trackers.log({f"train/{key}": value for key, value in record.items() if key != "iteration"}, iteration)
         if dropped:
             record["bad"] = describe_dropped(dropped, batch.prompts)
             self.reporter.warned(f"iteration {iteration}: {summary(record['bad'])}")
-        if self.ranks.main:
-            self.keeper.records.append(METRICS, record)
-            if self.exploration.active(iteration, self.recipe.iterations):
-                explored = describe_exploration(batch, self.sampler, self.exploration.words, rewards.cpu())
-                self.keeper.records.append(EXPLORATION, {"iteration": iteration, **explored})
+        self.write(METRICS, record)
+        if self.exploration.active(iteration, self.recipe.iterations):
+            explored = describe_exploration(batch, self.sampler, self.exploration.words, rewards.cpu())
+            self.write(EXPLORATION, {"iteration": iteration, **explored})
         self.reporter.stepped(record)
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        """Appends a line to one of the run's records; one process does it for all."""
+        if self.ranks.main:
+            self.keeper.records.append(name, record)
 
     def batch(self, iteration: int) -> Batch:
         """What an iteration samples: random prompts, explored while exploration is active."""
@@ -227,21 +227,23 @@ class Training:
             except UserError as error:
                 raise UserError(f"evaluation after iteration {self.iteration}: {error}") from error
             for result in results:
-                record = {"iteration": self.iteration, "queries": self.queries, **result._asdict()}
-                if self.ranks.main:
-                    self.keeper.records.append(EVALUATIONS, record)
-                tag = f"evaluation/{result.prompts}/{result.reward}"
-                figures = {tag: result.mean, "train/queries": self.queries}
-                if result.kl_to_base is not None:
-                    figures[f"evaluation/{result.prompts}/kl_to_base"] = result.kl_to_base
-                self.trackers.log(figures, self.iteration)
-                self.reporter.evaluated(record)
-                if result.n < (due := len(self.evaluate.prompts[result.prompts]) * self.evaluate.images):
-                    self.reporter.warned(f"{due - result.n} of {due} images had no {result.reward}, and do not count")
+                self.record(result)
             if self.stopping.observe(self.iteration, results):
                 self.save_trained(self.folder / "best")
         if self.recipe.preview.images and self.due(self.recipe.preview.every):
             self.preview()
+
+    def record(self, result: Score) -> None:
+        """One prompt set's score: a line in ``evaluations.jsonl``, and what trackers and the user are told."""
+        record = {"iteration": self.iteration, "queries": self.queries, **result._asdict()}
+        self.write(EVALUATIONS, record)
+        figures = {f"evaluation/{result.prompts}/{result.reward}": result.mean, "train/queries": self.queries}
+        if result.kl_to_base is not None:
+            figures[f"evaluation/{result.prompts}/kl_to_base"] = result.kl_to_base
+        self.trackers.log(figures, self.iteration)
+        self.reporter.evaluated(record)
+        if result.n < (due := len(self.evaluate.prompts[result.prompts]) * self.evaluate.images):
+            self.reporter.warned(f"{due - result.n} of {due} images had no {result.reward}, and do not count")
 
     def asked(self) -> set[str]:
         """What a second shell asks for (``diffexp ctl``); the same on every rank."""
@@ -301,7 +303,6 @@ class Training:
             "reward": self.reward.state_dict() if isinstance(self.reward, Ensemble) else {},
             "stopping": self.stopping.state(),
             "batches": [batch.size for batch in self.batches],
-            "over": self.over,
             "observed": self.observed,
             "records": self.keeper.records.sizes(),
             "made_with": self.made_with,
