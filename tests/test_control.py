@@ -51,7 +51,7 @@ def test_links_are_not_followed(run: Path, tmp_path: Path) -> None:
     (run / "control" / "stop").symlink_to(elsewhere / "stop")
     (run / "control" / "save").symlink_to(elsewhere / "nothing")
     assert control.take(run) == frozenset()
-    with pytest.raises(UserError, match="File exists"):
+    with pytest.raises(UserError, match="file exists; choose another folder"):
         control.ask(run, "save")
     assert (elsewhere / "stop").read_text() == "precious"
     assert not (elsewhere / "nothing").exists()
@@ -67,7 +67,7 @@ def test_junk_is_let_be(run: Path) -> None:
     control.ask(run, "sample")
     assert control.take(run) == {"sample"}
     assert {path.name for path in folder.iterdir()} == {"stop", "save", "rm -rf"}
-    with pytest.raises(UserError, match="File exists"):
+    with pytest.raises(UserError, match="file exists; choose another folder"):
         control.ask(run, "save")
 
 
