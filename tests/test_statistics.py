@@ -156,3 +156,66 @@ def test_mean_curve_on_unequal_grids():
     np.testing.assert_allclose(mean, [0, 2, 3])  # at 20 the second has 4, between 3 and 5
     np.testing.assert_allclose(spread, [0, math.sqrt(2), math.sqrt(2)])
     assert not statistics.mean_curve([slow])[2].any()
+
+
+def brute_force_reach(queries: list[float], rewards: list[float], level: float) -> float | None:
+    """Q(tau) of the study's definition, from a scan of the curve in steps of a quarter query; None if censored."""
+    last = len(rewards) - 1
+    smoothed = [
+        rewards[k] if k in (0, last) else (rewards[k - 1] + rewards[k] + rewards[k + 1]) / 3 for k in range(last + 1)
+    ]
+    for segment in range(last):
+        (q0, q1), (r0, r1) = queries[segment : segment + 2], smoothed[segment : segment + 2]
+        for step in range(int((q1 - q0) * 4) + 1):
+            if r0 + (r1 - r0) * step / 4 / (q1 - q0) >= level:
+                return q0 + step / 4
+    return None
+
+
+def all_resamples(values: list[float], summary) -> list[float]:
+    """The summary of every resample that three seeds have, in order: the bootstrap distribution itself."""
+    return sorted(summary([values[i], values[j], values[k]]) for i in range(3) for j in range(3) for k in range(3))
+
+
+@pytest.mark.parametrize("censored", [False, True])
+def test_the_studys_ratio_by_brute_force(censored: bool):
+    """Three noisy curves a side: levels, reaches, ratio and its bootstrap, all computed a second time by other means."""
+    rng, queries = np.random.default_rng(4), [192.0 * k for k in range(5)]
+    baseline = [[7.0, 7.2, 7.5, 7.6, 8.0], [7.0, 7.3, 7.4, 7.8, 7.9], [7.0, 7.1, 7.6, 7.7, 8.1]]
+    method = [
+        [r + (0.1 if censored else 0.3) * k / 4 + rng.normal(0, 0.02) for k, r in enumerate(one)] for one in baseline
+    ]
+    if censored:
+        method[1] = [7.0, 7.1, 7.1, 7.2, 7.2]
+    start, goal = 7.0, (8.0 + 7.9 + 8.1) / 3  # the last tenth of five evaluations is the last one
+    for fraction in (0.5, 0.8, 1.0):
+        level = start + fraction * (goal - start)
+        reaches = [
+            [statistics.queries_to_level(queries, statistics.smooth(one), level) for one in side]
+            for side in (method, baseline)
+        ]
+        scanned = [[brute_force_reach(queries, one, level) for one in side] for side in (method, baseline)]
+        for found, expected in zip([*reaches[0], *reaches[1]], [*scanned[0], *scanned[1]], strict=True):
+            assert found.reached == (expected is not None)
+            assert found.queries == pytest.approx(768.0 if expected is None else expected, abs=0.25)
+        ratio = statistics.query_ratio(*reaches)
+        least = [(m or 768.0) / b if b else 0.0 for m, b in zip(*scanned, strict=True)]
+        most = [m / (b or 768.0) if m else math.inf for m, b in zip(*scanned, strict=True)]
+        if least == most:
+            logs = [math.log(one) for one in least]
+            means = [math.exp(mean) for mean in all_resamples(logs, lambda three: sum(three) / 3)]
+            assert ratio.statistic == "geometric mean"
+            assert ratio.least == ratio.most == pytest.approx(math.exp(sum(logs) / 3), rel=2e-3)
+            assert (ratio.low, ratio.high) == pytest.approx((means[0], means[-1]), rel=2e-3)
+        else:
+            assert ratio.statistic == "median"
+            assert (ratio.least, ratio.most) == pytest.approx((sorted(least)[1], sorted(most)[1]), rel=2e-3)
+            assert ratio.low == pytest.approx(all_resamples(least, lambda three: sorted(three)[1])[0], rel=2e-3)
+            assert ratio.high == pytest.approx(all_resamples(most, lambda three: sorted(three)[1])[-1], rel=2e-3)
+
+
+def test_a_second_measure_at_equal_reward_by_hand():
+    rewards, diversity = [1.0, 2.0, 4.0], [0.9, 0.7, 0.5]
+    assert statistics.at_level(rewards, diversity, 3.0) == pytest.approx(0.6)
+    assert statistics.at_level(rewards, diversity, 0.5) == 0.9
+    assert statistics.at_level(rewards, diversity, 4.1) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ class Run:
     recipe: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     evaluations: Mapping[Measure, Curve]
+    diversity: Mapping[str, Curve] = field(default_factory=dict)  # by prompt set, of its evaluations' images
 
     @property
     def name(self) -> str:
@@ -116,6 +117,7 @@ class Run:
             recipe={key: value for key, value in _flat(config) if not _is_incidental(key, bool(strategies))},
             metrics=_last_of_each(objects(path / "metrics.jsonl")),
             evaluations=evaluations,
+            diversity=_diversity(path / "evaluations.jsonl"),
         )
 
 
@@ -177,10 +179,19 @@ def _evaluations(file: Path) -> dict[Measure, Curve]:
         if not (is_number(queries) and queries >= 0):
             raise UserError(f"{str(file)!r}, entry {number}: queries = {queries}; train this run anew")
         points.setdefault(measure, {})[queries] = mean
-    return {
-        measure: Curve(np.array(sorted(values)), np.array([values[q] for q in sorted(values)]))
-        for measure, values in points.items()
-    }
+    return {measure: _curve(values) for measure, values in points.items()}
+
+
+def _diversity(file: Path) -> dict[str, Curve]:
+    points: dict[str, dict[float, float]] = {}
+    for entry in objects(file):
+        if is_number(entry.get("diversity")):
+            points.setdefault(entry["prompts"], {})[float(entry["queries"])] = float(entry["diversity"])
+    return {prompts: _curve(values) for prompts, values in points.items()}
+
+
+def _curve(points: Mapping[float, float]) -> Curve:
+    return Curve(np.array(sorted(points)), np.array([points[q] for q in sorted(points)]))
 
 
 def objects(file: Path) -> list[dict[str, Any]]:

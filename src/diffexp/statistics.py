@@ -68,15 +68,24 @@ def queries_to_level(queries: Sequence[float] | Array, values: Sequence[float] |
     Q(τ) = min {q : R(q) ≥ τ}. A curve that stays below is right-censored at its last evaluation: it needs more.
     ``values`` are usually :func:`smooth`-ed.
     """
-    queries, values = np.asarray(queries, dtype=float), np.asarray(values, dtype=float)
+    found = at_level(values, queries, level)
+    return Reach(float(queries[-1]), reached=False) if found is None else Reach(found)
+
+
+def at_level(values: Sequence[float] | Array, others: Sequence[float] | Array, level: float) -> float | None:
+    """What ``others`` are where the curve ``values`` first meets ``level``, linear in between; None if it stays below.
+
+    So a second measure, such as diversity, can be compared between methods at equal reward.
+    """
+    values, others = np.asarray(values, dtype=float), np.asarray(others, dtype=float)
     above = np.flatnonzero(values >= level)
     if not len(above):
-        return Reach(float(queries[-1]), reached=False)
+        return None
     k = int(above[0])
     if k == 0:
-        return Reach(float(queries[0]))
+        return float(others[0])
     share = (level - values[k - 1]) / (values[k] - values[k - 1])
-    return Reach(float(queries[k - 1] + share * (queries[k] - queries[k - 1])))
+    return float(others[k - 1] + share * (others[k] - others[k - 1]))
 
 
 def final_reward(values: Sequence[float] | Array) -> float:

@@ -147,7 +147,7 @@ def analyse(runs: Sequence[Run]) -> Comparison:
                 f"{' / '.join(run.objective)}: compare runs of the same prompts and reward"
             )
     arms = arms_of(runs)
-    results = [_result(arm, baseline_of(arm, arms), objective) for arm in arms]
+    results = [result(arm, baseline_of(arm, arms), objective) for arm in arms]
     return Comparison(objective, results, _notes(results, objective))
 
 
@@ -185,7 +185,8 @@ def _label(run: Run, namesakes: Sequence[Run]) -> str:
     return f"{run.label} ({', '.join(f'{key}={cut(str(run.recipe.get(key)), 60)}' for key in differing)})"
 
 
-def _result(arm: Arm, baseline: Arm, objective: Measure) -> Result:
+def result(arm: Arm, baseline: Arm, objective: Measure) -> Result:
+    """What one measure says of an arm beside its baseline, which may be the arm itself."""
     measures = dict.fromkeys(measure for run in arm.runs.values() for measure in run.evaluations)
     start = float(np.mean([curve.values[0] for curve in baseline.curves(objective).values()]))
     goal = float(np.mean(baseline.final(objective)))

@@ -81,12 +81,12 @@ def markdown(comparison: Comparison, has_grid: bool) -> str:
     levels = [level for result in comparison.results for level in result.levels]
     parts = [
         f"# {plain(f'{objective.reward} on {objective.prompts}')}: {len(comparison.results)} arms",
-        _table(main_rows(comparison)),
+        table_text(main_rows(comparison)),
         *(["\n".join(f"- {plain(note)}" for note in comparison.notes)] if comparison.notes else []),
         "![Reward over queries](curves.png)",
-        *(["## Queries to a part of the baseline's gain", _table(level_rows(comparison))] if levels else []),
+        *(["## Queries to a part of the baseline's gain", table_text(level_rows(comparison))] if levels else []),
         "## Final reward on everything evaluated",
-        _table(final_rows(comparison)),
+        table_text(final_rows(comparison)),
         *(["## The same prompts and seeds", "![Before and after](grid.png)"] if has_grid else []),
         "## How to read this",
         DEFINITIONS,
@@ -115,9 +115,9 @@ def main_rows(comparison: Comparison) -> list[list[str]]:
             [
                 result.arm.label,
                 str(len(result.arm.runs)),
-                _estimate(result.final.get(objective)),
+                estimate_text(result.final.get(objective)),
                 *_level_cells(result, whole),
-                *(_estimate(result.final.get(measure)) for measure in held_out),
+                *(estimate_text(result.final.get(measure)) for measure in held_out),
                 "–" if result.seconds is None else f"{result.seconds:,.0f}",
             ]
         )
@@ -138,8 +138,8 @@ def final_rows(comparison: Comparison) -> list[list[str]]:
     """Header and rows: each arm's final reward on every prompt set and reward that was evaluated."""
     rows = [["arm", *(f"{measure.reward} on {measure.prompts}" for measure in comparison.measures), "IQM", "nAUC"]]
     for result in comparison.results:
-        finals = (_estimate(result.final.get(measure)) for measure in comparison.measures)
-        rows.append([result.arm.label, *finals, _number(result.iqm), _estimate(result.nauc)])
+        finals = (estimate_text(result.final.get(measure)) for measure in comparison.measures)
+        rows.append([result.arm.label, *finals, _number(result.iqm), estimate_text(result.nauc)])
     return rows
 
 
@@ -216,7 +216,7 @@ def _sample_prompts(run: Run, count: int) -> list[str]:
 def _level_cells(result: Result, level: Level | None) -> list[str]:
     if level is None:
         return ["–", "–"]
-    ratio = "1" if result.arm is result.baseline else _ratio(level.ratio)
+    ratio = "1" if result.arm is result.baseline else ratio_text(level.ratio)
     reached = sum(reach.reached for reach in level.reaches.values())
     return [f"{_reach(level.median)} ({reached}/{len(level.reaches)})", ratio]
 
@@ -225,7 +225,7 @@ def _reach(reach: Reach) -> str:
     return f"{'' if reach.reached else '≥ '}{reach.queries:,.0f}"
 
 
-def _ratio(ratio: Ratio | None) -> str:
+def ratio_text(ratio: Ratio | None) -> str:
     if ratio is None:
         return "–"
     if ratio.least == ratio.most:
@@ -239,7 +239,7 @@ def _ratio(ratio: Ratio | None) -> str:
     return f"{text} [{ratio.low:.2f}, {'∞' if math.isinf(ratio.high) else f'{ratio.high:.2f}'}]"
 
 
-def _estimate(estimate: Estimate | None) -> str:
+def estimate_text(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
     if estimate.low is None or estimate.high is None:
@@ -251,7 +251,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table_text(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows]
     rule = "| --- |" + " ---: |" * (len(rows[0]) - 1)
     return "\n".join([lines[0], rule, *lines[1:]])
