@@ -19,13 +19,25 @@ from diffexp.randomness import generator, randn
 from diffexp.text import TextEmbedding, concatenate
 
 
+class Conditioning(NamedTuple):
+    """The embedding of B prompts, and w(t)."""
+
+    text: TextEmbedding
+    guidance: GuidanceSchedule
+
+
 class Batch(NamedTuple):
-    """What to sample: B prompts, their (perhaps explored) embedding, w(t), and the key of each sample's noise."""
+    """What to sample: B prompts, their (perhaps explored) embedding, w(t), and the key of each sample's noise.
+
+    ``learned`` is the policy that a policy gradient is of, where that is not the sampling one: a control, and nothing
+    for gradients through the sampling itself.
+    """
 
     prompts: Sequence[str]
     text: TextEmbedding
     guidance: GuidanceSchedule
     keys: Sequence[tuple[int | str, ...]]
+    learned: Conditioning | None = None
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """The batch in pieces of at most ``size`` samples. No sample depends on how it is cut."""
@@ -35,9 +47,9 @@ class Batch(NamedTuple):
 
     def select(self, rows: Sequence[int]) -> Batch:
         """Some of the samples, in the order of ``rows``."""
-        return Batch(
-            [self.prompts[i] for i in rows], self.text.select(rows), self.guidance, [self.keys[i] for i in rows]
-        )
+        learned = self.learned and self.learned._replace(text=self.learned.text.select(rows))
+        prompts, keys = [self.prompts[i] for i in rows], [self.keys[i] for i in rows]
+        return Batch(prompts, self.text.select(rows), self.guidance, keys, learned)
 
     def explored(self, exploration: Exploration) -> Batch:
         """The batch with one word of each prompt weighted (Eq. 8) and the guidance scheduled (Eq. 7), or as it wants.
@@ -151,7 +163,12 @@ class Sampler:
 
         ``learn[i]`` says whether a gradient reaches the network at step i (default: everywhere that gradients are
         enabled). No graph exists before the first such step. ``until`` stops before the step of that index.
+
+        Raises:
+            UserError: if another policy than the sampling one is to be learned.
         """
+        if batch.learned:
+            raise UserError("exploration.strategy learns another policy than it samples: that takes algorithm ddpo")
         noise = batch.generators("noise")
         latents, log_probs = [randn(noise, self.latent, self.model.device)], []
         for i, w in enumerate(self.scales(batch.guidance)[:until]):
@@ -167,18 +184,30 @@ class Sampler:
         """Samples a batch in pieces of ``size``, without gradients."""
         pieces = []
         for chunk in map(self.refreshed, batch.chunks(size)):
-            latents, log_probs = self.denoise(chunk)
+            latents, log_probs = self.denoise(chunk._replace(learned=None))
+            text = chunk.text
+            if chunk.learned:
+                text, log_probs = chunk.learned.text, self.log_probs(latents, chunk.learned)
             images = self.model.decode(latents[-1])
-            pieces.append((chunk.text, torch.stack(latents), torch.stack(log_probs), images))
+            pieces.append((text, torch.stack(latents), torch.stack(log_probs), images))
         texts, latents, log_probs, images = zip(*pieces, strict=True)
         return Trajectory(
             batch.prompts,
             concatenate(texts),
-            self.scales(batch.guidance),
+            self.scales((batch.learned or batch).guidance),
             torch.cat(latents, dim=1),
             torch.cat(log_probs, dim=1),
             torch.cat(images),
         )
+
+    def log_probs(self, latents: Sequence[Tensor], policy: Conditioning) -> list[Tensor]:
+        """What ``policy`` makes of each transition of a trajectory: T times (B,), without a gradient."""
+        found = []
+        for i, w in enumerate(self.scales(policy.guidance)):
+            step = self.transition(latents[i], i, policy.text, w, learn=False)
+            unknown = latents[i].new_full((len(latents[i]),), torch.nan)
+            found.append(step.log_prob(latents[i + 1]) if step.std > 0 else unknown)
+        return found
 
     @torch.no_grad()
     def divergence(self, batch: Batch, size: int) -> Float[Tensor, " B"]:
