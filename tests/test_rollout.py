@@ -61,6 +61,15 @@ def test_how_a_batch_is_cut_changes_no_sample(sampler: Sampler) -> None:
     torch.testing.assert_close(pieces.images, whole.images, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_path_goes_on_from_where_it_was_left(sampler: Sampler) -> None:
+    batch = explored(sampler.model, 1.0)
+    whole, begun = sampler.denoise(batch)[0], sampler.denoise(batch, until=2)[0]
+    rest = sampler.denoise(batch, begun=(2, begun[-1]))[0]
+    assert len(begun) == 3 and len(rest) == 3
+    assert all(torch.equal(one, other) for one, other in zip(whole, [*begun, *rest[1:]], strict=True))
+
+
 def test_order_changes_no_sample(sampler: Sampler) -> None:
     whole = explored(sampler.model, 1.0)
     order = [2, 0, 3, 1]

@@ -144,6 +144,7 @@ def alignprop(
         truncation=settings.truncation,
         last_steps=settings.last_steps or on.steps,
         copies=settings.copies,
+        rollout_batch=batch,
     )
 
 

@@ -157,12 +157,17 @@ class Sampler:
         return tuple(float(guidance(t)) for t in self.schedule.timesteps)
 
     def denoise(
-        self, batch: Batch, learn: Sequence[bool] | None = None, until: int | None = None
+        self,
+        batch: Batch,
+        learn: Sequence[bool] | None = None,
+        until: int | None = None,
+        begun: tuple[int, Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """All latents x_T … x_0 (T+1 of them), and each step's log-probabilities (T; NaN where deterministic).
 
         ``learn[i]`` says whether a gradient reaches the network at step i (default: everywhere that gradients are
-        enabled). No graph exists before the first such step. ``until`` stops before the step of that index.
+        enabled). No graph exists before the first such step. ``until`` stops before the step of that index, and
+        ``begun`` goes on at one, from the latents that ``until`` it were the last.
 
         Raises:
             UserError: if another policy than the sampling one is to be learned.
@@ -171,7 +176,12 @@ class Sampler:
             raise UserError("exploration.strategy learns another policy than it samples: that takes algorithm ddpo")
         noise = batch.generators("noise")
         latents, log_probs = [randn(noise, self.latent, self.model.device)], []
-        for i, w in enumerate(self.scales(batch.guidance)[:until]):
+        start, scales = 0, self.scales(batch.guidance)
+        if begun:
+            start, latents[0] = begun
+            for _ in range(start):  # what the first steps drew
+                randn(noise, self.latent, self.model.device)
+        for i, w in list(enumerate(scales))[start:until]:
             step = self.transition(latents[-1], i, batch.text, w, learn is None or learn[i])
             latents.append(step.sample(randn(noise, self.latent, self.model.device)))
             with torch.no_grad():

@@ -8,7 +8,8 @@ Differentiable Rewards", ICLR 2024 (DRaFT-K: fixed truncation; DRaFT-LV: K = 1 w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
 from diffexp.learner import Learner, Share
+from diffexp.memory import MicroBatch
 from diffexp.randomness import generator, randn
 from diffexp.rollout import Batch, Sampler
 
@@ -29,7 +31,8 @@ class AlignProp:
     ``truncation`` "random" draws K ~ U{1 … last_steps} once an iteration; "fixed" is K = ``last_steps`` (DRaFT-K);
     "each-step" is what AlignProp's own code did: step i of T keeps its gradient with probability (i + 1) / (T + 1),
     drawn anew at every step, so that K bounds neither memory nor compute. ``copies`` > 1 is DRaFT-LV: the last step is
-    repeated from x_0 noised anew, and each copy is one more reward query.
+    repeated from x_0 noised anew, and each copy is one more reward query. The steps before the first that learns are
+    sampled in batches of ``rollout_batch``, which bounds memory and changes nothing else.
     """
 
     sampler: Sampler
@@ -38,16 +41,19 @@ class AlignProp:
     truncation: Truncation = "random"
     last_steps: int = 1
     copies: int = 1
+    rollout_batch: MicroBatch = field(default_factory=lambda: MicroBatch(8, "rollout.batch"))
 
     def step(self, batch: Batch) -> Outcome:
         """One iteration: sample with a graph over the last steps, score, backpropagate, update."""
         learn, samples = self.learned_steps(batch), self.learner.samples(batch.prompts)
         mine = batch.select(samples.own)
+        first = [*learn, True].index(True)
+        noisy = self.rollout_batch.fit(partial(self.denoised, mine, first))
         own = torch.full((len(mine.prompts), self.copies), torch.nan, device=self.sampler.model.device)
 
         def losses(rows: list[int], count: int) -> Iterator[Share]:
             piece = self.sampler.refreshed(mine.select(rows))
-            latents = self.sampler.denoise(piece, learn)[0][-1]
+            latents = self.sampler.denoise(piece, learn, begun=(first, noisy[rows]))[0][-1]
             for copy, x_0 in enumerate([latents, *self.renoised(piece, latents.detach())]):
                 images = self.sampler.model.decode(x_0)
                 reward = self.reward(images, piece.prompts)
@@ -59,6 +65,12 @@ class AlignProp:
         rewards = samples.gather(own)
         metrics = reward_metrics(rewards, queries=rewards.numel())
         return Outcome({**metrics, "backprop_steps": float(sum(learn)), **update}, rewards.mean(1), samples.dropped)
+
+    @torch.no_grad()
+    def denoised(self, batch: Batch, until: int, size: int) -> Tensor:
+        """The latents before the step of that index, sampled in pieces of ``size``."""
+        chunks = map(self.sampler.refreshed, batch.chunks(size))
+        return torch.cat([self.sampler.denoise(chunk, until=until)[0][-1] for chunk in chunks])
 
     def learned_steps(self, batch: Batch) -> list[bool]:
         """For each step, whether a gradient reaches the network there."""
