@@ -101,6 +101,35 @@ def doctor(
     typer.echo(json.dumps(found, indent=1) if as_json else describe(found))
 
 
+@lists.command()
+def bench(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe; default: one of the architecture.", metavar="[RECIPE]", autocompletion=completion.recipes
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="The model's architecture: emoji, sd15, sd21 or sdxl; default: by its name.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where it computes: auto, cpu, cuda, cuda:1, mps.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Measure a few steps here, without a download, and tell what a recipe would cost: speed, time, memory.
+
+    Example: diffexp bench sd15-ddpo-diffexp --device cuda
+    """
+    from diffexp.bench import bench
+    from diffexp.config import Recipe
+    from diffexp.toml import parse_override
+
+    name = recipe or {"sd15": "sd15-ddpo", "sd21": "sd15-ddpo", "sdxl": "sdxl-alignprop"}.get(arch or "", "emoji-ddpo")
+    changes = dict(parse_override(text) for text in overrides or ()) | ({"device": device} if device else {})
+    found = bench(Recipe.load(name, changes), name, arch)
+    typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(found.lines()))
+
+
 def print_table(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, description in rows.items():
