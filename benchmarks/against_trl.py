@@ -1,0 +1,171 @@
+"""The same work through TRL 0.22.2's trainers and through this package: images a second of both.
+
+    python3 -m venv /tmp/trl && /tmp/trl/bin/pip install torch==2.13.0 trl==0.22.2 \\
+        "transformers==4.56.*" "diffusers==0.35.*" "peft==0.17.*" "accelerate==1.10.*"
+    OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl /tmp/trl/bin/python [--precision fp32 bf16] [--clock cpu]
+
+The work: the emoji model, a LoRA of rank 4 on its attention, 20 steps under guidance 5, 32 images in one batch, one
+optimiser step; DDPO on all steps, AlignProp through the last 3 and a CLIP. Each side lives in a process of its own, and
+both take turns within one run. TRL's networks are put into the memory layout that is fastest here, which it does not do
+itself. Prints medians, each side's peak memory, and the smallest ratio last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "src" / "diffexp" / "emoji" / "weights"
+PROMPT = "a dolphin riding a bike"
+LEARNED, GUIDANCE = 3, 5.0
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def scorer() -> Callable[..., Any]:
+    """A differentiable reward out of the world's CLIP, in either version of transformers."""
+    import torch
+    from torch.nn import functional
+    from transformers import CLIPModel
+
+    clip = CLIPModel.from_pretrained(WEIGHTS / "alignment").float().eval().requires_grad_(False)
+    direction = torch.randn(clip.config.projection_dim, generator=torch.Generator().manual_seed(0))
+
+    def score(images: Any) -> Any:
+        features = clip.get_image_features(pixel_values=2 * images.float() - 1)
+        return functional.normalize(getattr(features, "pooler_output", features), dim=-1) @ direction
+
+    return score
+
+
+def ours(algorithm: str, precision: str, samples: int, steps: int) -> Callable[[], object]:
+    """One iteration of this package."""
+    from diffexp import Recipe, assembly
+    from diffexp.exploration import ConstantGuidance
+    from diffexp.rollout import Batch
+
+    alike = {"samples": samples, "sampler.steps": steps, "sampler.guidance": GUIDANCE, "device": "cpu"}
+    alike |= {"model.precision": precision, "rollout.batch": samples, "update.batch": samples}
+    own = {"algorithm.minibatches": 1, "algorithm.advantages": "batch"}
+    if algorithm == "alignprop":
+        own = {"algorithm.truncation": "fixed", "algorithm.last_steps": LEARNED, "update.checkpoint": []}
+    recipe = Recipe.load(f"emoji-{algorithm}", alike | own)
+    model = assembly.model(recipe)
+    assembly.make_trainable(recipe, model)
+    sampler, learner, score = assembly.sampler(recipe, model), assembly.learner(recipe, model), scorer()
+    trainer = assembly.algorithm(recipe, sampler, learner, lambda images, prompts: score(images))
+    texts, done = model.encode([PROMPT] * samples), []
+
+    def iteration() -> None:
+        done.append(None)
+        keys = [(0, len(done), k) for k in range(samples)]
+        trainer.step(Batch([PROMPT] * samples, texts, ConstantGuidance(GUIDANCE), keys))
+
+    return iteration
+
+
+def trls(algorithm: str, precision: str, samples: int, steps: int) -> Callable[[], object]:
+    """One step of TRL's trainer."""
+    import torch
+    import trl
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # TRL's pipeline writes to accelerate's log, which needs it
+    alike = {"mixed_precision": "bf16" if precision == "bf16" else "no", "save_freq": 10**9, "num_epochs": 1}
+    alike |= {"sample_num_steps": steps, "sample_guidance_scale": GUIDANCE, "train_batch_size": samples}
+    alike |= {"accelerator_kwargs": {"cpu": True}}
+    score = scorer()
+    pipeline = trl.DefaultDDPOStableDiffusionPipeline(str(WEIGHTS / "model"), use_lora=True)
+    for network in (pipeline.unet, pipeline.vae):
+        network.to(memory_format=torch.channels_last)
+    common = lambda images, prompts, metadata: (score(images), {}), lambda: (PROMPT, {}), pipeline
+    if algorithm == "ddpo":
+        config = trl.DDPOConfig(sample_batch_size=samples, sample_num_batches_per_epoch=1, **alike)
+        trainer = trl.DDPOTrainer(config, *common)
+    else:
+        first = steps - LEARNED
+        config = trl.AlignPropConfig(truncated_backprop_rand=False, truncated_backprop_timestep=first, **alike)
+        trainer = trl.AlignPropTrainer(config, *common)
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: trainer.step(0, 0)
+
+
+def work(side: str, chosen: argparse.Namespace) -> None:
+    """A side's process: does an iteration for every line that it is sent, and says how many seconds that took."""
+    make, clock = {"ours": ours, "trl": trls}[side], CLOCKS[chosen.clock]
+    iteration = make(chosen.algorithms[0], chosen.precision[0], chosen.samples, chosen.steps)
+    for _ in sys.stdin:
+        start = clock()
+        iteration()
+        print("took", clock() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+
+
+def ask(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """Seconds of one iteration of a side, and the GiB that it has held at most."""
+    assert process.stdin and process.stdout
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    for line in process.stdout:
+        if line.startswith("took "):
+            _, seconds, memory = line.split()
+            return float(seconds), float(memory)
+    sys.exit(f"a side ended: {' '.join(map(str, process.args))}")
+
+
+def compare(algorithm: str, precision: str, chosen: argparse.Namespace) -> float:
+    """How many times as many images a second this package makes."""
+    sides = {"ours": sys.executable, "trl": chosen.trl}
+    options = ["--algorithms", algorithm, "--precision", precision, "--clock", chosen.clock]
+    options += ["--samples", str(chosen.samples), "--steps", str(chosen.steps)]
+    processes = {
+        side: subprocess.Popen(
+            [python, __file__, "--side", side, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for side, python in sides.items()
+    }
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    memory: dict[str, float] = {}
+    try:
+        for turn in range(chosen.repeat + 1):
+            for side, process in processes.items():
+                seconds, memory[side] = ask(process)
+                if turn:  # the first one warms up
+                    times[side].append(seconds)
+    finally:
+        for process in processes.values():
+            process.kill()
+    speeds = {side: chosen.samples / median(found) for side, found in times.items()}
+    ratio = speeds["ours"] / speeds["trl"]
+    said = ", ".join(f"{side} {speeds[side]:.2f} images/s in {memory[side]:.2f} GiB" for side in sides)
+    print(f"{algorithm} {precision}: {said}, ratio {ratio:.2f}", flush=True)
+    return ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", default="/tmp/trl/bin/python", help="the Python that has TRL")  # noqa: S108
+    parser.add_argument("--algorithms", nargs="*", default=["ddpo", "alignprop"])
+    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.side:
+        work(chosen.side, chosen)
+        return
+    ratios = [
+        compare(algorithm, precision, chosen) for precision in chosen.precision for algorithm in chosen.algorithms
+    ]
+    print(f"{min(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
