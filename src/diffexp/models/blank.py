@@ -47,8 +47,8 @@ def blank(architecture: str, precision: str, device: torch.device) -> TextToImag
         encoders: list[nn.Module] = [CLIPTextModel(CLIPTextConfig(**config("text_encoder")))]
         if architecture == "sdxl":
             encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**config("text_encoder_2"))))
-    unet, encoders = filled(unet.to(dtype), device), [filled(encoder.to(dtype), device) for encoder in encoders]
-    vae = filled(vae.to(torch.float32 if dtype == torch.float16 else dtype), device)
+    unet, encoders = filled(unet, device, dtype), [filled(encoder, device, dtype) for encoder in encoders]
+    vae = filled(vae, device, torch.float32 if dtype == torch.float16 else dtype)
     quicken(unet), quicken(vae)
     common: tuple[Any, Any, Any, Any] = (
         unet,
@@ -61,10 +61,11 @@ def blank(architecture: str, precision: str, device: torch.device) -> TextToImag
     return StableDiffusion(*common, cast(Any, None), cast(Any, encoders[0]))
 
 
-def filled(network: N, device: torch.device) -> N:
+def filled(network: N, device: torch.device, dtype: torch.dtype = torch.float32) -> N:
     """A network of the meta device, on a real one, with random weights."""
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    network = network.to_empty(device=device).to(memory_format=layout)  # pyrefly: ignore
+    typed: Any = nn.Module.to(network, dtype)  # diffusers' own ``to`` warns of modules that these networks don't have
+    network = typed.to_empty(device=device).to(memory_format=layout)
     noise = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
