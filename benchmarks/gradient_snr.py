@@ -170,7 +170,7 @@ def main() -> None:
     collect(recipe, arguments.run, arguments.images, arguments.batches, out)
     files = sorted(out.glob("*.safetensors"))
     own, cross = products(files)
-    moved = np.mean([load_file(file)["moved"].mean(1) for file in files], axis=0)
+    moved = np.mean([load_file(file)["moved"] for file in files], axis=0)
     arguments.store.mkdir(parents=True, exist_ok=True)
     with (arguments.store / f"{name}.jsonl").open("w", encoding="utf-8") as store:
         for number, pair in enumerate(zip(own, cross, strict=True)):

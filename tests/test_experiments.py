@@ -7,8 +7,9 @@ import pytest
 
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.experiments import FIGURES, SCALES, VARIANTS, Arm, Grid, chosen, job, jobs, wanted
+from diffexp.experiments import FIGURES, OURS, Arm, Grid, chosen, job, jobs, wanted
 from diffexp.prompts import load
+from diffexp.scales import SCALES
 from diffexp.toml import shipped
 
 PAPER = [
@@ -34,15 +35,17 @@ PAPER = [
 @pytest.fixture(scope="module")
 def runs() -> dict[str, dict[str, Recipe]]:
     """Every run of every figure, scale by scale."""
-    made = {name: jobs(chosen("all", name).values(), scale, 2, {}) for name, scale in SCALES.items()}
+    made = {name: jobs([*chosen("all", name), *chosen("ours", name)], scale, 2) for name, scale in SCALES.items()}
     return {name: {item.name: item.recipe for item in items} for name, items in made.items()}
 
 
 def test_every_figure_of_the_paper_is_there_at_some_scale() -> None:
     assert set(PAPER) <= set(FIGURES)
     everywhere = {name for scale in SCALES for name in chosen("all", scale)}
-    assert everywhere == set(FIGURES)
-    assert set(chosen("all", "emoji")) == set(chosen("all", "sd15")) == everywhere - {"10b", "16", "17b", "19"}
+    assert everywhere == set(FIGURES) - set(OURS)
+    assert set(chosen("all", "emoji")) == everywhere - {"10b", "16", "17b", "19"}
+    assert set(chosen("all", "sd15")) == set(chosen("all", "emoji")) - {"tuning"}, "the paper has its settings"
+    assert set(chosen("ours", "emoji")) == set(OURS)
 
 
 def test_the_numbers_that_the_paper_fixes(runs: dict[str, dict[str, Recipe]]) -> None:
@@ -78,7 +81,8 @@ def test_tasks_are_the_papers() -> None:
 
 def test_ablations_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
     for scale in ("emoji", "sd15"):
-        found = {name: runs[scale][f"pickscore-alignprop-{name}-s0"] for name in VARIANTS if name != "plain"}
+        ablations = [arm.variant for name in ("9a", "9b", "9c", "9d", "9e") for _, arm in wanted(FIGURES[name])]
+        found = {name: runs[scale][f"pickscore-alignprop-{name}-s0"] for name in ablations if name != "plain"}
         base = found.pop("diffexp").exploration
         assert (found["guidance"].exploration.guidance, found["guidance"].exploration.words) == (base.guidance, None)
         assert (found["words"].exploration.guidance, found["words"].exploration.words) == (None, base.words)
@@ -95,18 +99,70 @@ def test_ablations_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
             assert recipe.model_copy(update={"exploration": plain.exploration}) == plain
 
 
+def test_controls_and_masking_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
+    found = {name: runs["emoji"][f"pickscore-{name}-s0"] for name in ("ddpo", "ddpo-diffexp", "alignprop")}
+    for name, mean, baseline in (("ddpo-mean-4.6", 4.6, "ddpo"), ("alignprop-mean-6.85", 6.85, "alignprop")):
+        control, low = runs["emoji"][f"pickscore-{name}-s0"], 1.0
+        # DiffExp's w(t) is w_l in 2 of 20 steps and w_h in 18
+        assert control.exploration.guidance.low == mean == pytest.approx((2 * low + 18 * control.sampler.guidance) / 20)
+        assert (control.exploration.guidance.fraction, control.exploration.words) == (1.0, None)
+        assert control.model_copy(update={"exploration": found[baseline].exploration}) == found[baseline]
+    for name in ("rollout-only", "update-only"):
+        control = runs["emoji"][f"pickscore-ddpo-{name}-s0"].exploration
+        assert (control.guidance, control.words) == (None, None)
+        assert control.strategy == f"diffexp.controls:{name.replace('-', '_')}"
+    for name, base in (("ddpo-masked", "ddpo"), ("ddpo-masked-diffexp", "ddpo-diffexp")):
+        masked = runs["emoji"][f"pickscore-{name}-s0"]
+        assert masked.algorithm.timestep_weights == "masked"
+        assert masked.model_copy(update={"algorithm": found[base].algorithm}) == found[base]
+
+
+def test_the_study_fits_its_hours() -> None:
+    """What is planned for eight hours on two cores, at 0.8 s a DDPO image, 0.3 s with AlignProp, 0.2 s painted."""
+    jobs_of_all = jobs(chosen("all", "emoji"), SCALES["emoji"])
+    seconds = {"ddpo": 0.8, "alignprop": 0.3}
+    hours = sum(one.queries * seconds[one.recipe.algorithm.name] + 0.2 * one.evaluated for one in jobs_of_all) / 7200
+    assert 6 < hours < 9
+    seeds = {name: {one.recipe.seed for one in jobs([name], SCALES["emoji"])} for name in ("4", "6", "7", "9a", "1")}
+    assert [len(found) for found in seeds.values()] == [5, 5, 5, 3, 3]
+
+
+def test_tuning_has_equal_budgets_and_seeds_of_its_own() -> None:
+    scale = SCALES["emoji"]
+    tuned, reported = jobs(["tuning"], scale), jobs(chosen("all", "emoji").keys() - {"tuning"}, scale)
+    assert {one.recipe.seed for one in tuned} == {100, 101}
+    assert not {one.recipe.seed for one in reported} & {100, 101}
+    for algorithm in ("ddpo", "alignprop"):
+        plain, explored = (
+            [one.recipe for one in tuned if re.fullmatch(f"tuning-pickscore-{algorithm}{part}-lr.*", one.name)]
+            for part in ("", "-diffexp")
+        )
+        assert len(plain) == 6
+        for ours, theirs in zip(explored, plain, strict=True):
+            assert ours.model_copy(update={"exploration": theirs.exploration}) == theirs
+            assert ours.iterations * 2 == job(scale, "pickscore", Arm(algorithm, "plain"), 0, {}).recipe.iterations
+
+
+def test_what_was_tuned_goes_to_its_side() -> None:
+    choice = {("ddpo", True): {"optimizer.learning_rate": 3e-3}, ("ddpo", False): {"algorithm.inner_epochs": 2}}
+    rates = {
+        name: job(SCALES["emoji"], "pickscore", Arm("ddpo", name), 0, {}, choice).recipe
+        for name in ("plain", "masked", "mean-4.6", "diffexp", "masked-diffexp", "rollout-only")
+    }
+    assert [recipe.optimizer.learning_rate for recipe in rates.values()] == [3e-3] * 3 + [1e-3] * 3
+    assert [recipe.algorithm.inner_epochs for recipe in rates.values()] == [1] * 3 + [2] * 3
+
+
 def test_figures_share_their_runs() -> None:
     scale = SCALES["sd15"]
-    four = {item.name for item in jobs([FIGURES["4"]], scale, 3, {})}
+    four = {item.name for item in jobs(["4"], scale, 3)}
     assert len(four) == 4 * 2 * 3
     for figure in ("5", "6", "7", "11", "12", "13", "14"):
-        assert {item.name for item in jobs([FIGURES[figure]], scale, 3, {})} <= four
-    assert {item.name for item in jobs([FIGURES["17a"]], scale, 3, {})} == {
-        item.name for item in jobs([FIGURES["10a"]], scale, 3, {})
-    }
+        assert {item.name for item in jobs([figure], scale, 3)} <= four
+    assert {item.name for item in jobs(["17a"], scale, 3)} == {item.name for item in jobs(["10a"], scale, 3)}
     grids = [name for name, figure in FIGURES.items() if isinstance(figure, Grid)]
     assert grids == ["5", "8", *map(str, range(11, 17)), "18", "19"]
-    assert {item.recipe.seed for item in jobs([FIGURES["8"]], scale, 3, {})} == {0}
+    assert {item.recipe.seed for item in jobs(["8"], scale, 3)} == {0}
 
 
 def test_a_run_evaluates_what_every_figure_measures(runs: dict[str, dict[str, Recipe]]) -> None:
@@ -135,7 +191,7 @@ def test_what_is_not_there_is_said() -> None:
     with pytest.raises(UserError, match="unknown scale 'sd16': did you mean 'sd15'"):
         chosen("4", "sd16")
     with pytest.raises(UserError, match="samples = 0"):
-        jobs([FIGURES["4"]], SCALES["sd15"], 1, {"samples": 0})
+        jobs(["4"], SCALES["sd15"], 1, {"samples": 0})
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("sd") and name.endswith("gb")])

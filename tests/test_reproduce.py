@@ -11,11 +11,15 @@ from brightness import brightness
 from PIL import Image
 from rich.console import Console
 
+from diffexp import pace
 from diffexp import reproduce as reproduction
+from diffexp.config import Recipe
 from diffexp.drawing import Drawing
 from diffexp.errors import UserError
-from diffexp.experiments import FIGURES, SCALES, Bars, Panel, arms, jobs
-from diffexp.reproduce import State, Times, Trainer, painted, reproduce
+from diffexp.experiments import Bars, Panel, arms, jobs
+from diffexp.pace import Spent, Times, Work
+from diffexp.reproduce import State, Trainer, painted, reproduce
+from diffexp.scales import SCALES
 from diffexp.training import train
 
 REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
@@ -58,7 +62,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(trainer: Trainer) -> None:
         for state in trainer.waiting:
             train(state.job.recipe, state.folder)
-            trainer.times.add(state, 12.0)
+            trainer.times.add(state.job.recipe, state.work, Spent(8.0, 4.0))
 
     monkeypatch.setattr(Trainer, "run", run)
 
@@ -70,7 +74,7 @@ def test_figure_1_in_processes_of_its_own(sd_folder: Path, tmp_path: Path) -> No
     said = call("1", tmp_path, settings)
     runs = tmp_path / "emoji"
     for name in ("dolphin-ddpo-s0", "dolphin-ddpo-diffexp-s0"):
-        assert re.search(rf"{name}: \d+ s; [12] of 2 runs finished", said)
+        assert re.search(rf"{name}: [\d.]+ (s|min|h); [12] of 2 runs finished", said)
         assert painted(runs / name) == 2 * 2 + 3 * 2 * 2
     for name in ("figure-1.png", "figure-1.svg", "figure-1-images.png"):
         assert (runs / "figures" / name).stat().st_size > 1000
@@ -113,7 +117,10 @@ def test_figure_3_needs_no_run(sd_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "emoji" / "figures" / "figure-3.png").is_file()
 
 
-def test_dry_run_lists_runs_samples_and_time(tmp_path: Path, sd_folder: Path, here: None) -> None:
+def test_dry_run_lists_runs_samples_and_time(
+    tmp_path: Path, sd_folder: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Times, "try_out", lambda *_: None)
     said = call("9b", tmp_path, {}, seeds=2, dry_run=True)
     assert "figure 9b: How long the guidance stays low" in said
     assert len(re.findall(r"pickscore-alignprop\S*-s[01] .* to do .* unknown", said)) == 8
@@ -130,13 +137,14 @@ def test_dry_run_lists_runs_samples_and_time(tmp_path: Path, sd_folder: Path, he
 
 def test_unfinished_runs_go_on_and_strangers_are_refused(tmp_path: Path, sd_folder: Path) -> None:
     settings = tiny(sd_folder, **{"checkpoint.every": 1})
-    job = jobs([FIGURES["1"]], SCALES["emoji"], 1, settings)[0]
+    job = jobs(["1"], SCALES["emoji"], 1, settings)[0]
     folder = tmp_path / "emoji" / job.name
     train(job.recipe, folder)
     for newest in (folder / "checkpoints").glob("*2"):
         for file in newest.iterdir():
             file.unlink()
         newest.rmdir()
+    (folder / "lora" / "README.md").unlink()  # where the card is, a run is finished
     state = State.look(job, folder)
     assert (state.iteration, state.finished, str(state)) == (1, False, "at iteration 1")
     assert state.left == (2 * 2 + 3 * 2 * 2) / 2
@@ -145,16 +153,35 @@ def test_unfinished_runs_go_on_and_strangers_are_refused(tmp_path: Path, sd_fold
 
 
 def test_times_know_alike_runs_only(tmp_path: Path, sd_folder: Path) -> None:
-    ddpo, alignprop = (
-        State(jobs([FIGURES[name]], SCALES["emoji"], 1, tiny(sd_folder))[0], tmp_path, 0) for name in ("1", "8")
-    )
+    ddpo, alignprop = (jobs([name], SCALES["emoji"], 1, tiny(sd_folder))[0].recipe for name in ("1", "8"))
     times = Times(tmp_path / "times.jsonl")
-    times.add(ddpo, 32.0)
+    times.add(ddpo, Work(8, 4), Spent(32.0, 2.0))
     again = Times(tmp_path / "times.jsonl")
-    assert again.expected(ddpo) == 32.0
-    assert again.expected(alignprop) is None
-    assert again.total([ddpo, ddpo, ddpo], 2) == 48.0
-    assert again.total([ddpo, alignprop], 2) is None
+    # 4 s an image of training, half a second an evaluated one
+    assert again.expected(ddpo, Work(2, 10)) == 2 * 4 + 10 / 2
+    assert again.expected(alignprop, Work(2, 10)) is None
+    assert reproduction.together([30.0, 30.0, 30.0], 2) == "45 s"
+    assert reproduction.together([30.0, 80.0, 10.0], 2) == "80 s"
+    assert reproduction.together([30.0, None], 2) == "unknown"
+    assert reproduction.together([], 2) == "none"
+
+
+def test_a_dry_run_measures_what_is_not_known(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(pace, "trials", lambda recipe, workers: tried.append(recipe) or [Spent(8.0, 4.0)] * workers)
+    said = call("1", tmp_path, tiny(sd_folder), dry_run=True)
+    assert len(tried) == 1, "both arms are as fast"
+    # a run: 2 x 2 images to train on at 2 s, 3 x 2 x 2 to evaluate at 1 s
+    assert "expected time, 2 at a time: 20 s" in said
+    assert not (tmp_path / "emoji").exists()
+    monkeypatch.setattr(Recipe, "to_toml", lambda *_: pytest.fail("nothing is tried"))
+    Times(tmp_path / "none").try_out([Recipe(model={"path": "org/name"})], 2)
+
+
+def test_a_trial_times_both_parts(sd_folder: Path) -> None:
+    recipe = jobs(["8"], SCALES["emoji"], 1, tiny(sd_folder))[0].recipe
+    spent = pace.trial(recipe)
+    assert min(spent) > 0
 
 
 def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

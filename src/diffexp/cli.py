@@ -230,12 +230,20 @@ def report(
 
 @app.command()
 def reproduce(
-    figure: Annotated[str, typer.Argument(help='A figure of the paper, such as 4 or 9a, or "all".', metavar="FIGURE")],
+    figure: Annotated[
+        str, typer.Argument(help='A figure of the paper, such as 4 or 9a; "all" of them, or "ours".', metavar="FIGURE")
+    ],
     scale: Annotated[str, typer.Option(help="The model: emoji, sd15 or sdxl.")] = "emoji",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 3,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each kind; default: 5 or 3, as planned.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs and figures.")] = Path("runs/reproduce"),
     workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one a core, or one GPU.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do, and how long.")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Train nothing: draw what this store, or folder of runs, has.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep the runs' numbers in this folder, and write STORE.md from them.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train what a figure of the paper needs and draw it. What is finished already is kept.
@@ -249,7 +257,7 @@ def reproduce(
 
     settings = dict(parse_override(text) for text in overrides or ())
     with writing("--out", out):
-        reproduce(figure, scale, seeds, out, workers, dry_run, settings, Console())
+        reproduce(figure, scale, seeds, out, workers, dry_run, settings, Console(), source, store)
 
 
 @app.command()

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from diffexp import assembly, figures, study
 from diffexp.commands import Painter, open_painter, ways
 from diffexp.config import Recipe
-from diffexp.experiments import Arm, Bars, Block, Curves, Figure, Grid, Job, Panel, Scale, Strategies, job
+from diffexp.experiments import (
+    Arm,
+    Bars,
+    Block,
+    Choice,
+    Curves,
+    Figure,
+    Grid,
+    Job,
+    Panel,
+    Strategies,
+    Tuning,
+    job,
+    run_name,
+    seeds_of,
+)
+from diffexp.findings import Measured, start
 from diffexp.pictures import iterations, open_png
 from diffexp.records import to_images
 from diffexp.rewards.spec import parse
 from diffexp.runs import Measure, Run
+from diffexp.scales import Scale
 from diffexp.statistics import bootstrap_mean, mean_curve
 
 if TYPE_CHECKING:
@@ -33,13 +48,18 @@ LARGEST = 256
 
 @dataclass(frozen=True)
 class Drawing:
-    """Where the runs are, and where figures go. ``overrides`` are those that the runs were made with."""
+    """Where the runs are, and where figures go. ``overrides`` and ``chosen`` are those that the runs were made with.
+
+    ``seeds`` are the user's; None: as many as the scale has for each figure. With ``partly``, runs may be missing.
+    """
 
     scale: Scale
     runs: Path
     out: Path
-    seeds: int
+    seeds: int | None
     overrides: Mapping[str, Any]
+    chosen: Choice = field(default_factory=dict)
+    partly: bool = False
 
     def draw(self, name: str, figure: Figure) -> list[Path]:
         """Writes ``figure-NAME.png``, and what belongs to it; returns all files.
@@ -48,29 +68,50 @@ class Drawing:
             UserError: if a run it needs is damaged or was never evaluated.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        if isinstance(figure, Curves):
-            return self.curves(name, figure)
-        if isinstance(figure, Bars):
-            return self.plot(name, self.bars(figure))
-        picture = self.strategies(figure) if isinstance(figure, Strategies) else self.grid(figure)
+        this = replace(self, seeds=seeds_of(name, self.scale, self.seeds))
+        if isinstance(figure, Tuning):
+            return []
+        if isinstance(figure, Curves | Bars):
+            files = self.plotted(name, figure, self.measured(name, figure))
+            return files + (this.details(name, figure) if isinstance(figure, Curves) else [])
+        picture = this.strategies(figure) if isinstance(figure, Strategies) else this.grid(figure)
         return [saved(picture, self.out / f"figure-{name}.png")]
 
+    def measured(self, name: str, figure: Figure) -> list[Measured]:
+        """The panels of a figure of numbers under each of their measures: those with any run."""
+        if not isinstance(figure, Curves | Bars):
+            return []
+        this, found = replace(self, seeds=seeds_of(name, self.scale, self.seeds)), []
+        for panel in figure.panels:
+            arms = this.arms(panel)
+            if next(iter(arms.values())).runs:
+                asked = measures(this.job(panel.task, panel.arms[0]).recipe, panel)
+                found += [Measured(panel, measure, arms) for measure in asked]
+        return found
+
     def job(self, task: str, arm: Arm, seed: int = 0) -> Job:
-        return job(self.scale, task, arm, seed, self.overrides)
+        return job(self.scale, task, arm, seed, self.overrides, self.chosen)
 
     def folders(self, task: str, arm: Arm) -> list[Path]:
-        """The runs of an arm, one a seed."""
-        return [self.runs / self.job(task, arm, seed).name for seed in range(self.seeds)]
+        """The runs of an arm, one a seed; with numbers only, those that are there."""
+        found = [self.runs / run_name(task, arm, seed) for seed in range(self.seeds or 1)]
+        return [folder for folder in found if folder.is_dir()] if self.partly else found
 
     def arms(self, panel: Panel) -> dict[Arm, study.Arm]:
         """A panel's arms with their runs, labelled as its legend does."""
         read = {arm: [Run.read(folder) for folder in self.folders(panel.task, arm)] for arm in panel.arms}
         return {arm: study.Arm(panel.label(arm), {run.seed: run for run in runs}) for arm, runs in read.items()}
 
-    def curves(self, name: str, figure: Curves) -> list[Path]:
-        """One set of axes for every panel and measure; the statistics of those on training prompts beside it."""
-        panels = [drawn for panel in figure.panels for drawn in self.panels(panel)]
-        files = self.plot(name, figures.curves(panels, columns=2 if len(panels) % 3 else 3))
+    def plotted(self, name: str, figure: Figure, measured: Sequence[Measured]) -> list[Path]:
+        """Curves or bars: one set of axes, or one group, for every panel and measure."""
+        if isinstance(figure, Bars):
+            return self.plot(name, bars(measured))
+        panels = [axes(one) for one in measured]
+        return self.plot(name, figures.curves(panels, columns=2 if len(panels) % 3 else 3))
+
+    def details(self, name: str, figure: Curves) -> list[Path]:
+        """The statistics of panels on training prompts, and where the figure has them, images over training."""
+        files: list[Path] = []
         for number, panel in enumerate(figure.panels, start=1):
             if not (panel.unseen or panel.held_out):
                 slug = re.sub(r"[^a-z0-9]+", "-", panel.title.lower()).strip("-")
@@ -81,38 +122,6 @@ class Drawing:
             picture = figures.captioned(pictures, [panel.title for panel in figure.panels])
             files.append(saved(picture, self.out / f"figure-{name}-images.png"))
         return files
-
-    def panels(self, panel: Panel) -> list[figures.Panel]:
-        """The panel's axes: one for each prompt set and reward that it measures."""
-        arms, found = self.arms(panel), []
-        for measure in measures(self.job(panel.task, panel.arms[0]).recipe, panel):
-            lines = []
-            for arm in arms.values():
-                queries, mean, spread = mean_curve([(c.queries, c.values) for c in arm.curves(measure).values()])
-                run = arm.first
-                lines.append(figures.Line(arm.label, queries, mean, spread, run.algorithm, run.explores))
-            found.append(figures.Panel(panel.title, f"{measure.reward} on\n{shortened(measure.prompts)}", lines))
-        return found
-
-    def bars(self, figure: Bars) -> Any:
-        """The final reward of every arm, a group a panel."""
-        groups, rewards = [], {}
-        for panel in figure.panels:
-            for measure in measures(self.job(panel.task, panel.arms[0]).recipe, panel):
-                arms = self.arms(panel)
-                baseline = arms[panel.arms[0]]
-                start = float(np.mean([curve.values[0] for curve in baseline.curves(measure).values()]))
-                bars = [
-                    figures.Bar(
-                        "with DiffExp" if a.first.explores else "baseline",
-                        *bootstrap_mean(a.final(measure)),
-                        explores=a.first.explores,
-                    )
-                    for a in arms.values()
-                ]
-                groups.append(figures.Group(panel.title.replace(", ", "\n"), start, bars))
-                rewards[measure.reward] = None
-        return figures.bars(groups, f"final {' / '.join(rewards)}")
 
     def progress(self, panel: Panel) -> Image:
         """The same noise at moments of training: two rows an arm, of seed 0."""
@@ -168,6 +177,35 @@ class Drawing:
         files = [self.out / f"figure-{name}.{suffix}" for suffix in ("png", "svg")]
         figures.save(plot, *files)
         return files
+
+
+def bars(measured: Sequence[Measured]) -> Any:
+    """The final reward of every arm, a group a panel."""
+    groups, rewards = [], {}
+    for one in measured:
+        found = [
+            figures.Bar(
+                "with DiffExp" if seeds.first.explores else "baseline",
+                *bootstrap_mean(seeds.final(one.measure)),
+                explores=seeds.first.explores,
+            )
+            for seeds in one.arms.values()
+            if seeds.runs
+        ]
+        groups.append(figures.Group(one.panel.title.replace(", ", "\n"), start(one), found))
+        rewards[one.measure.reward] = None
+    return figures.bars(groups, f"final {' / '.join(rewards)}")
+
+
+def axes(one: Measured) -> figures.Panel:
+    """A panel's curves under one measure."""
+    lines = []
+    for seeds in one.arms.values():
+        if found := list(seeds.curves(one.measure).values()):
+            queries, mean, spread = mean_curve([(curve.queries, curve.values) for curve in found])
+            run = seeds.first
+            lines.append(figures.Line(seeds.label, queries, mean, spread, run.algorithm, run.explores))
+    return figures.Panel(one.panel.title, f"{one.measure.reward} on\n{shortened(one.measure.prompts)}", lines)
 
 
 def measures(recipe: Recipe, panel: Panel) -> list[Measure]:

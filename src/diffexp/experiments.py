@@ -13,52 +13,11 @@ from typing import Any, NamedTuple
 from diffexp import prompts as prompt_sets
 from diffexp.config import Recipe
 from diffexp.errors import UserError, unknown
+from diffexp.scales import ALAMO, ATHLETE, BATMAN, DOLPHIN, OWL, PIZZA, SCALES, SEEDS, STATUE, Scale
+from diffexp.variants import TITLES, VARIANTS
 
-DOLPHIN = "a dolphin riding a bike"
-BATMAN = "A magnifying glass over a page of a 1950s batman comic."
-STATUE = "Greek statue of a man tripping over a cat."
-ATHLETE = "Photo of an athlete cat explaining it's latest scandal at a press conference to journalists."
-PIZZA = "A pizza cooking an oven."
-OWL = "a horned owl with a graduation cap and diploma"
-ALAMO = "a spaceship hovering over The Alamo"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on. ``held_out`` is a reward that is only evaluated, ``unseen`` prompts that are.
-
-    ``instead`` has the prompts that grids show in the place of the paper's.
-    """
-
-    prompts: str
-    reward: str
-    unseen: str | None = None
-    held_out: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    instead: Mapping[str, str] = field(default_factory=dict)
-
-    def overrides(self) -> dict[str, Any]:
-        """The task as settings of a recipe. Each run evaluates everything that any figure wants of it."""
-        rewards = [*self.reward.split("+"), *([self.held_out] if self.held_out else [])]
-        prompts = [self.prompts, *([self.unseen] if self.unseen else [])]
-        evaluated = {"evaluation.prompts": prompts, "evaluation.rewards": rewards}
-        return {"prompts": self.prompts, "reward": self.reward, **evaluated, **self.settings}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A model to reproduce on: the recipe of each algorithm (its twin with exploration ends in -diffexp), the tasks."""
-
-    name: str
-    recipes: Mapping[str, str]
-    tasks: Mapping[str, Task]
-
-
-class Variant(NamedTuple):
-    """A way to explore: what a legend calls it ("{}" is the algorithm), and changes to the recipe with DiffExp."""
-
-    label: str
-    changes: Mapping[str, Any] | None = None  # None: the recipe without exploration
+TUNING_SEEDS = (100, 101)
+"""Of the runs that settings are chosen by: no figure has them."""
 
 
 class Arm(NamedTuple):
@@ -128,78 +87,16 @@ class Strategies:
     prompt: str
 
 
-Figure = Curves | Bars | Grid | Strategies
+@dataclass(frozen=True)
+class Tuning:
+    """The settings tried for each arm, on other seeds than the figures', in runs of half the length."""
 
-SCALES = {
-    "emoji": Scale(
-        "emoji",
-        {"ddpo": "emoji-ddpo", "alignprop": "emoji-alignprop"},
-        {
-            # ours: 32 images of the one prompt, as the mean of a few would be noise.
-            "dolphin": Task(
-                f"text:{DOLPHIN}",
-                "emoji-alignment",
-                held_out="emoji-judge",
-                settings={"evaluation.images": 32, "preview.every": 5},
-            ),
-            "aesthetic": Task("animals", "emoji-aesthetic", "animals-unseen", "emoji-judge"),
-            "pickscore": Task("animal-activities", "emoji-alignment", "animal-activities-unseen", "emoji-judge"),
-            # ours: the hardest prompts that the emoji world knows, and all its rewards but the judge.
-            "drawbench": Task(
-                "animal-activities",
-                "emoji-alignment+emoji-aesthetic",
-                "animal-activities-unseen",
-                "emoji-judge",
-                instead={
-                    BATMAN: "a dolphin riding a bike",
-                    STATUE: "a cat riding a bike",
-                    ATHLETE: "a whale playing chess",
-                    PIZZA: "a bat washing the dishes",
-                    OWL: "an octopus driving a car",
-                    ALAMO: "a lobster playing soccer",
-                },
-            ),
-        },
-    ),
-    "sd15": Scale(
-        "sd15",
-        {"ddpo": "sd15-ddpo", "alignprop": "sd15-alignprop"},
-        {
-            # "to maximize image-text alignment based on ImageReward"
-            "dolphin": Task(f"text:{DOLPHIN}", "imagereward", settings={"evaluation.images": 32}),
-            # "we use 45 animal names"; "a novel test set of animal names"; "an unseen reward function ... ImageReward"
-            "aesthetic": Task("animals", "aesthetic", "animals-unseen", "imagereward"),
-            # "combining 45 different animal names with 3 different activities"; unseen: Table 2
-            "pickscore": Task("animal-activities", "pickscore", "animal-activities-unseen", "imagereward"),
-            # "an ensemble of HPS, Aesthetic, and PickScore"; "150 challenging prompts from Parti". Its weights: ours.
-            "drawbench": Task("drawbench-58", "hpsv2+aesthetic+pickscore", "parti-150"),
-        },
-    ),
-    "sdxl": Scale(
-        "sdxl",
-        {"alignprop": "sdxl-alignprop"},
-        # "we fine-tune SDXL to maximize Aesthetic Score on animal prompts"; "unseen animal names"
-        {"sdxl": Task("animals", "aesthetic", "animals-unseen")},
-    ),
-}
+    title: str
+    task: str
+    arms: Sequence[Arm]
 
-VARIANTS = {
-    "plain": Variant("{}"),
-    "diffexp": Variant("{} + DiffExp", {}),
-    "guidance": Variant("{} + guidance schedule", {"exploration.words": None}),
-    "words": Variant("{} + word weighting", {"exploration.guidance": None}),
-    # "variants of our models with t_thres = {900, 800, 700}"; 900 is "diffexp".
-    "threshold-800": Variant("DiffExp, t_thres = 800", {"exploration.guidance": {"threshold": 800}}),
-    "threshold-700": Variant("DiffExp, t_thres = 700", {"exploration.guidance": {"threshold": 700}}),
-    # ours, as the next two: w_l is only "an extremely low value"; 0 is the unconditional prediction.
-    "low-0": Variant("DiffExp, w_l = 0", {"exploration.guidance.low": 0.0}),
-    "low-2": Variant("DiffExp, w_l = 2", {"exploration.guidance.low": 2.0}),
-    "words-1.1": Variant("DiffExp, U(1, 1.1)", {"exploration.words.high": 1.1}),
-    "words-1.5": Variant("DiffExp, U(1, 1.5)", {"exploration.words.high": 1.5}),
-    "until-0.5": Variant("DiffExp, for 1/2", {"exploration.until": 0.5}),
-    "until-1": Variant("DiffExp, to the end", {"exploration.until": 1.0}),
-}
-TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
+
+Figure = Curves | Bars | Grid | Strategies | Tuning
 
 
 def arms(algorithm: str, *variants: str) -> tuple[Arm, ...]:
@@ -231,11 +128,20 @@ def ablation(title: str, setting: str, *variants: str) -> Curves:
     return Curves(title, [Panel("PickScore", "pickscore", arms("alignprop", "diffexp", *variants), labels=labels)])
 
 
+def masking(title: str, baseline: str, *variants: str) -> Curves:
+    """DDPO with and without the late steps in its loss, with and without DiffExp."""
+    return Curves(title, [Panel("DDPO, PickScore", "pickscore", [Arm("ddpo", name) for name in (baseline, *variants)])])
+
+
+# Those with the most seeds first: what a study that is cut short has is then worth most.
 FIGURES: dict[str, Figure] = {
+    "tuning": Tuning("Settings tried", "pickscore", DDPO + ALIGNPROP),
+    "4": Curves("Reward on training prompts", main_panels()),
+    "6": Curves("Reward on unseen prompts", main_panels(unseen=True)),
+    "7": Bars("A reward that was not trained on", main_panels(held_out=True)),
     "1": Curves("DDPO on one hard prompt", [Panel(DOLPHIN, "dolphin", DDPO)], progress=True),
     # ours: the guidance of DDPO, Figure 1's prompt.
     "3": Strategies("Guidance strategies", "ddpo", "pickscore", DOLPHIN),
-    "4": Curves("Reward on training prompts", main_panels()),
     # "A butterfly playing chess" is the paper's; the other prompts are ours.
     "5": Grid(
         "Samples",
@@ -244,14 +150,19 @@ FIGURES: dict[str, Figure] = {
             Block("pickscore", ["a butterfly playing chess", "a monkey washing the dishes"], DDPO + ALIGNPROP),
         ],
     ),
-    "6": Curves("Reward on unseen prompts", main_panels(unseen=True)),
-    "7": Bars("A reward that was not trained on", main_panels(held_out=True)),
     "8": Grid("DrawBench samples", [Block("drawbench", [BATMAN, STATUE], ALIGNPROP)]),
     "9a": Curves(
         "Each module alone",
         [Panel("Aesthetic", "aesthetic", ABLATION), Panel("PickScore", "pickscore", ABLATION)],
     ),
     "9b": ablation("How long the guidance stays low", "t_thres = 900", "threshold-800", "threshold-700"),
+    "controls": Curves(
+        "Controls (not in the paper)",
+        [
+            Panel("DDPO, PickScore", "pickscore", arms("ddpo", "diffexp", "mean-4.6", "rollout-only", "update-only")),
+            Panel("AlignProp, PickScore", "pickscore", arms("alignprop", "diffexp", "mean-6.85")),
+        ],
+    ),
     "9c": ablation("How low the guidance is (not in the paper)", "w_l = 1", "low-0", "low-2"),
     "9d": ablation("How much a word weighs (not in the paper)", "U(1, 1.2)", "words-1.1", "words-1.5"),
     "9e": ablation("How long training explores (not in the paper)", "for 3/4", "until-0.5", "until-1"),
@@ -300,7 +211,13 @@ FIGURES: dict[str, Figure] = {
     "17b": Curves("Stable Diffusion XL, unseen prompts", [Panel("Aesthetic", "sdxl", ALIGNPROP, unseen=True)]),
     "18": Grid("DrawBench, unseen prompts", [Block("drawbench", [OWL, ALAMO], ALIGNPROP)]),
     "19": Grid("Stable Diffusion XL, unseen prompts", [Block("sdxl", ["hippopotamus"], ALIGNPROP)]),
+    "masked": masking("Late steps left out (not in the paper)", "plain", "diffexp", "masked", "masked-diffexp"),
+    "masked-50": masking(
+        "Late steps left out, 50 steps (not in the paper)", "50", "50-diffexp", "50-masked", "50-masked-diffexp"
+    ),
 }
+OURS = ("9c", "9d", "9e", "masked", "masked-50")
+"""Figures that are not the paper's, and no part of "all"."""
 
 
 @dataclass(frozen=True)
@@ -324,27 +241,72 @@ class Job:
         return times * settings.images * sum(len(prompt_sets.load(name)) for name in sets)
 
 
-def job(scale: Scale, task: str, arm: Arm, seed: int, overrides: Mapping[str, Any]) -> Job:
+Choice = Mapping[tuple[str, bool], Mapping[str, Any]]
+"""What tuning chose: settings by algorithm, and by whether it is its baseline."""
+
+
+def job(
+    scale: Scale, task: str, arm: Arm, seed: int, overrides: Mapping[str, Any], chosen: Choice | None = None
+) -> Job:
     """The run of an arm; ``overrides`` are the user's and win over everything.
 
     Raises:
         UserError: if they make no valid recipe.
     """
-    changes, recipe = VARIANTS[arm.variant].changes, scale.recipes[arm.algorithm]
-    settings = {**scale.tasks[task].overrides(), **(changes or {}), "seed": seed, **overrides}
-    variant = "" if changes is None else f"-{arm.variant}"
-    name = recipe if changes is None else f"{recipe}-diffexp"
-    return Job(f"{task}-{arm.algorithm}{variant}-s{seed}", Recipe.load(name, settings))
+    variant, recipe = VARIANTS[arm.variant], scale.recipes[arm.algorithm]
+    tuned = (chosen or {}).get((arm.algorithm, variant.plain or variant.baseline), {})
+    budget = scale.budgets.get(arm.algorithm, {})
+    settings = {**scale.tasks[task].overrides(), **budget, **tuned, **variant.changes, "seed": seed, **overrides}
+    name = recipe if variant.plain else f"{recipe}-diffexp"
+    return Job(run_name(task, arm, seed), Recipe.load(name, settings))
 
 
-def jobs(figures: Iterable[Figure], scale: Scale, seeds: int, overrides: Mapping[str, Any]) -> list[Job]:
-    """Every run that the figures need, once; grids need seed 0 only."""
+def run_name(task: str, arm: Arm, seed: int) -> str:
+    """What the run of an arm is called."""
+    return f"{task}-{arm.algorithm}{'' if arm.variant == 'plain' else f'-{arm.variant}'}-s{seed}"
+
+
+def trial_name(task: str, arm: Arm, candidate: str, seed: int) -> str:
+    """What the run of a candidate is called."""
+    return f"tuning-{run_name(task, arm, seed).removesuffix(f'-s{seed}')}-{candidate}-s{seed}"
+
+
+def trials(figure: Tuning, scale: Scale, arm: Arm, candidate: str, overrides: Mapping[str, Any]) -> list[Job]:
+    """The runs of one candidate for an arm: half as long as the figures', evaluated at both ends."""
+    found = []
+    for seed in TUNING_SEEDS:
+        settings = {**scale.candidates[arm.algorithm][candidate], **overrides}
+        whole = job(scale, figure.task, arm, seed, settings).recipe
+        half = max(1, whole.iterations // 2)
+        short = {"iterations": half, "evaluation.every": half, "evaluation.prompts": [whole.prompts]}
+        recipe = Recipe.parse(whole.model_dump(), "tuning", short)
+        found.append(Job(trial_name(figure.task, arm, candidate, seed), recipe))
+    return found
+
+
+def seeds_of(name: str, scale: Scale, seeds: int | None) -> int:
+    """How many runs of each kind a figure has; ``seeds`` are the user's. Grids need one."""
+    return 1 if isinstance(FIGURES.get(name), Grid) else seeds or scale.seeds.get(name, SEEDS)
+
+
+def jobs(
+    names: Iterable[str],
+    scale: Scale,
+    seeds: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    chosen: Choice | None = None,
+) -> list[Job]:
+    """Every run that the figures need, once, seed by seed: then what there is of them is always balanced."""
     found = {}
-    for figure in figures:
-        for task, arm in wanted(figure):
-            for seed in range(1 if isinstance(figure, Grid) else seeds):
-                made = job(scale, task, arm, seed, overrides)
-                found[made.name] = made
+    for name in names:
+        figure = FIGURES[name]
+        if isinstance(figure, Tuning):
+            tried = [(arm, key) for arm in figure.arms for key in scale.candidates[arm.algorithm]]
+            made = [one for arm, key in tried for one in trials(figure, scale, arm, key, overrides or {})]
+        else:
+            each = [(seed, *one) for seed in range(seeds_of(name, scale, seeds)) for one in wanted(figure)]
+            made = [job(scale, task, arm, seed, overrides or {}, chosen) for seed, task, arm in each]
+        found |= {one.name: one for one in made}
     return list(found.values())
 
 
@@ -352,22 +314,26 @@ def wanted(figure: Figure) -> list[tuple[str, Arm]]:
     """The tasks and arms that a figure trains."""
     if isinstance(figure, Strategies):
         return []
+    if isinstance(figure, Tuning):
+        return [(figure.task, arm) for arm in figure.arms]
     parts = figure.blocks if isinstance(figure, Grid) else figure.panels
     return [(part.task, arm) for part in parts for arm in part.arms]
 
 
 def chosen(name: str, scale: str) -> dict[str, Figure]:
-    """The figure of that name, or with "all" every figure that the scale has.
+    """The figure of that name, or with "all" every figure of the paper that the scale has; the others are "ours".
 
     Raises:
         UserError: for an unknown scale or figure, or a figure that the scale has no counterpart of.
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
-    if name == "all":
-        return {key: figure for key, figure in FIGURES.items() if has(SCALES[scale], figure)}
+    if name in ("all", "ours"):
+        found = {key: figure for key, figure in FIGURES.items() if (key in OURS) == (name == "ours")}
+        return {key: figure for key, figure in found.items() if has(SCALES[scale], figure)}
     if name not in FIGURES:
-        raise unknown("figure", name, FIGURES, f"known: {', '.join(FIGURES)} and all; 2 is a drawing of the method")
+        known = f"known: {', '.join(FIGURES)}, all and ours"
+        raise unknown("figure", name, FIGURES, f"{known}; 2 is a drawing of the method")
     if not has(SCALES[scale], FIGURES[name]):
         others = " or ".join(f"--scale {key}" for key in SCALES if has(SCALES[key], FIGURES[name]))
         raise UserError(f"figure {name!r} has no counterpart at --scale {scale} yet: take {others}")
@@ -375,7 +341,9 @@ def chosen(name: str, scale: str) -> dict[str, Figure]:
 
 
 def has(scale: Scale, figure: Figure) -> bool:
-    """Whether the scale has the figure's tasks and algorithms."""
+    """Whether the scale has the figure's tasks and algorithms, and for tuning, something to try."""
+    if isinstance(figure, Tuning) and not scale.candidates:
+        return False
     if isinstance(figure, Strategies):
         return figure.task in scale.tasks and figure.algorithm in scale.recipes
     return all(task in scale.tasks and arm.algorithm in scale.recipes for task, arm in wanted(figure))

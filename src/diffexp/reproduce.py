@@ -6,23 +6,28 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from diffexp import assembly, checkpoint
+from diffexp import archive, assembly, checkpoint, tuning, write_up
 from diffexp.config import Recipe
 from diffexp.drawing import Drawing
 from diffexp.errors import UserError
-from diffexp.experiments import SCALES, Figure, Job, chosen, jobs
+from diffexp.experiments import Choice, Figure, Job, Tuning, chosen, jobs
 from diffexp.interruption import Interrupted, Interruption
-from diffexp.records import CONFIG, EVALUATIONS, METRICS, JsonLines
+from diffexp.pace import ONE_THREAD, Spent, Times, Work, duration
+from diffexp.records import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS
+from diffexp.runfolder import finished
 from diffexp.runs import objects
+from diffexp.scales import SCALES, Scale
+from diffexp.study_report import table_text
 
 TIMES = "times.jsonl"
 POLL = 0.5  # seconds between two looks at the running processes
@@ -47,56 +52,31 @@ class State:
             raise UserError(
                 f"--out: {folder} holds a run of another recipe: choose another --out, or remove that folder"
             )
-        newest = checkpoint.read_newest(folder / "checkpoints")
-        return cls(job, folder, 0 if newest is None else int(newest.numbers["iteration"]))
+        if finished(folder, job.recipe):
+            return cls(job, folder, job.recipe.iterations)
+        newest = checkpoint.read_newest(folder / CHECKPOINTS)
+        done = 0 if newest is None else int(newest.numbers["iteration"])
+        return cls(job, folder, min(done, job.recipe.iterations - 1))
 
     @property
     def finished(self) -> bool:
         return self.iteration >= self.job.recipe.iterations
 
     @property
+    def work(self) -> Work:
+        """What is still to be done."""
+        share = 1 - min(1.0, self.iteration / self.job.recipe.iterations)
+        return Work(share * self.job.queries, share * self.job.evaluated)
+
+    @property
     def left(self) -> int:
         """Images that are still to be painted, for training and for evaluation."""
-        share = 1 - min(1.0, self.iteration / self.job.recipe.iterations)
-        return round(share * (self.job.queries + self.job.evaluated))
+        return round(sum(self.work))
 
     def __str__(self) -> str:
         if self.finished:
             return "finished"
         return f"at iteration {self.iteration}" if self.iteration else "to do"
-
-
-class Times:
-    """Seconds an image of what ran so far, by model, algorithm and denoising steps; kept in a file."""
-
-    KEYS = frozenset(("kind", "images", "seconds"))
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.records = path, [record for record in objects(path) if record.keys() >= self.KEYS]
-
-    @staticmethod
-    def kind(recipe: Recipe) -> list[Any]:
-        return [recipe.model.path, recipe.algorithm.name, recipe.sampler.steps, recipe.device]
-
-    def add(self, state: State, seconds: float) -> None:
-        """Remembers that what was left of a run took so long."""
-        record = {"run": state.job.name, "kind": self.kind(state.job.recipe), "images": state.left, "seconds": seconds}
-        self.records.append(record)
-        JsonLines(self.path).append(record)
-
-    def expected(self, state: State) -> float | None:
-        """Seconds that the rest of a run will take; None if nothing like it has run yet."""
-        alike = [record for record in self.records if record["kind"] == self.kind(state.job.recipe)]
-        images = sum(record["images"] for record in alike)
-        return state.left * sum(record["seconds"] for record in alike) / images if images else None
-
-    def total(self, states: Sequence[State], workers: int) -> float | None:
-        """Seconds that all unfinished runs will take, ``workers`` at a time."""
-        times = [self.expected(state) for state in states if not state.finished]
-        known = [seconds for seconds in times if seconds is not None]
-        if len(known) < len(times):
-            return None
-        return max(sum(known) / workers, *known, 0.0) if known else 0.0
 
 
 @dataclass
@@ -158,7 +138,7 @@ class Trainer:
         recipe = recipes / f"{state.job.name}.toml"
         recipe.write_text(state.job.recipe.to_toml(), encoding="utf-8")
         command = [sys.executable, "-m", "diffexp", "train", str(recipe), "--out", str(state.folder)]
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if self.one_thread else {}
+        threads = ONE_THREAD if self.one_thread else {}
         with log(state).open("ab") as output:
             # A session of its own: Ctrl-C in the terminal is ours to hand on, once.
             process = subprocess.Popen(  # noqa: S603
@@ -176,7 +156,7 @@ class Trainer:
                 self.say(f"{running.state.job.name}: failed, see {log(running.state)}")
                 continue
             self.done += 1
-            self.times.add(running.state, seconds)
+            self.times.add(running.state.job.recipe, running.state.work, spent(running.state, seconds))
             self.say(f"{running.state.job.name}: {duration(seconds)}; {self.status()}")
 
     def stop(self) -> None:
@@ -201,33 +181,96 @@ class Trainer:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The figures to make, at which scale, how many ``seeds`` the user wants (None: the scale's own), and where."""
+
+    figures: Mapping[str, Figure]
+    scale: Scale
+    seeds: int | None
+    overrides: Mapping[str, Any]
+    runs: Path
+
+    def choice(self) -> Choice:
+        """What tuning chose, if all of its runs are finished; else nothing, and recipes stay as they are."""
+        return tuning.choice(self.scale, self.runs)
+
+    def states(self) -> list[State]:
+        """How far every run is, tuning first. While that is not finished, the others have the recipes' own settings."""
+        found = jobs(self.figures, self.scale, self.seeds, self.overrides, self.choice())
+        return [State.look(job, self.runs / job.name) for job in found]
+
+    def drawing(self, out: Path, partly: bool = False) -> Drawing:
+        return Drawing(self.scale, self.runs, out, self.seeds, self.overrides, self.choice(), partly)
+
+
 def reproduce(
     name: str,
     scale: str,
-    seeds: int,
+    seeds: int | None,
     out: Path,
     workers: int | None,
     dry_run: bool,
     overrides: Mapping[str, Any],
     console: Console,
+    source: Path | None = None,
+    store: Path | None = None,
 ) -> None:
     """Trains what the figure (or "all") needs, except what is finished already, and draws it into ``out``/scale.
+
+    With a ``store``, also keeps the numbers of the runs there, and writes what they say. With a ``source``, a store or
+    a folder of runs, nothing is trained.
 
     Raises:
         UserError: for a name that is none, settings that make no recipe, a folder of other runs, or a run that failed.
     """
-    figures = chosen(name, scale)
-    folder = out / scale
-    states = [State.look(job, folder / job.name) for job in jobs(figures.values(), SCALES[scale], seeds, overrides)]
-    times, on_cpu = Times(folder / TIMES), device(states) == "cpu"
+    plan = Plan(chosen(name, scale), SCALES[scale], seeds, overrides, out / scale)
+    if source:
+        return keep(replace(plan, runs=source), store or source, console)
+    times, states = Times(plan.runs / TIMES), plan.states()
+    on_cpu = device(states) == "cpu"
     workers = workers or (os.cpu_count() or 1 if on_cpu else 1)
-    describe(figures, states, times, workers, console)
     if dry_run:
-        return
-    Trainer(states, times, workers, on_cpu, console).run()
-    drawing = Drawing(SCALES[scale], folder, folder / "figures", seeds, overrides)
-    for key, figure in figures.items():
-        console.print(f"figure {key}: {drawing.draw(key, figure)[0]}", highlight=False, soft_wrap=True)
+        times.try_out([state.job.recipe for state in states if not state.finished], workers)
+    describe(plan.figures, states, times, workers, console)
+    if plan.scale.candidates:
+        settings = "as tuned" if plan.choice() else "the recipes' own, until tuning is finished"
+        console.print(f"learning rate and inner epochs: {settings}", highlight=False, soft_wrap=True)
+    if dry_run:
+        return None
+    tried = [name for name, figure in plan.figures.items() if isinstance(figure, Tuning)]
+    for stage in (replace(plan, figures={name: plan.figures[name] for name in tried}), plan):
+        # the second stage's recipes are known when the first is finished
+        Trainer(stage.states(), times, workers, on_cpu, console).run()
+    drawing = plan.drawing(plan.runs / "figures")
+    for key, figure in plan.figures.items():
+        if isinstance(figure, Tuning):
+            table = table_text(tuning.rows(tuning.tried(figure, plan.scale, plan.runs)))
+            console.print(table, highlight=False, markup=False, soft_wrap=True)
+        for file in drawing.draw(key, figure)[:1]:
+            console.print(f"figure {key}: {file}", highlight=False, soft_wrap=True)
+    if store:
+        keep(plan, store, console)
+    return None
+
+
+def keep(plan: Plan, store: Path, console: Console) -> None:
+    """The numbers of all runs that are finished into the ``store``, figures of them, and a document beside it.
+
+    Raises:
+        UserError: if there are neither runs nor a store.
+    """
+    file = store / archive.FILE
+    if not (plan.runs / archive.FILE).is_file():
+        done = [state.folder for state in plan.states() if state.finished]
+        archive.pack([folder for folder in done if archive.complete(folder)], file)
+    elif plan.runs != store:
+        raise UserError(f"--from {plan.runs} is a store already: leave --store out")
+    with TemporaryDirectory() as unpacked:
+        count = len(archive.unpack(file, Path(unpacked)))
+        drawing = replace(plan, runs=Path(unpacked)).drawing(store, partly=True)
+        document = write_up.write(plan.figures, drawing, store)
+    console.print(f"{count} runs in {file}; figures beside it; {document}", highlight=False, soft_wrap=True)
 
 
 def describe(
@@ -236,24 +279,38 @@ def describe(
     """What there is to do: the figures, the runs, and how long they will take."""
     for key, figure in figures.items():
         console.print(f"figure {key}: {figure.title}", highlight=False)
+    left = [state for state in states if not state.finished]
+    expected = {state.job.name: times.expected(state.job.recipe, state.work) for state in left}
     if states:
         table = Table(box=None, pad_edge=False)
         for column in ("run", "queries", "evaluated", "state", "expected"):
             table.add_column(column, no_wrap=True, justify="right" if column in ("queries", "evaluated") else "left")
         for state in states:
-            expected = "" if state.finished else duration(times.expected(state))
-            job = state.job
-            table.add_row(job.name, f"{job.queries:,}", f"{job.evaluated:,}", str(state), expected)
+            job, due = state.job, duration(expected[state.job.name]) if not state.finished else ""
+            table.add_row(job.name, f"{job.queries:,}", f"{job.evaluated:,}", str(state), due)
         console.print(table, soft_wrap=True)
-    left = [state for state in states if not state.finished]
-    total = duration(times.total(states, workers)) if left else "none"
     queries, evaluated = sum(state.job.queries for state in left), sum(state.job.evaluated for state in left)
     console.print(
         f"{len(states)} runs, {len(states) - len(left)} finished; the others: {queries:,} queries, "
-        f"{evaluated:,} evaluated images; expected time, {workers} at a time: {total}",
+        f"{evaluated:,} evaluated images; expected time, {workers} at a time: {together(expected.values(), workers)}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def together(times: Collection[float | None], workers: int) -> str:
+    """How long runs take, ``workers`` at a time."""
+    known = [seconds for seconds in times if seconds is not None]
+    if len(known) < len(times):
+        return "unknown"
+    return duration(max(sum(known) / workers, max(known))) if known else "none"
+
+
+def spent(state: State, seconds: float) -> Spent:
+    """What the iterations that were left of a run took, by its records, and the rest of its ``seconds``."""
+    metrics = {entry["iteration"]: entry["seconds"] for entry in objects(state.folder / METRICS)}
+    training = sum(took for iteration, took in metrics.items() if iteration > state.iteration)
+    return Spent(training, max(0.0, seconds - training))
 
 
 def device(states: Sequence[State]) -> str:
@@ -277,12 +334,3 @@ def last_words(file: Path) -> str:
     """The last line of a log."""
     said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return said[-1].removeprefix("error: ") if said else f"it said nothing in {file}"
-
-
-def duration(seconds: float | None) -> str:
-    """A time as people say it."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

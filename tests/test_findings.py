@@ -1,0 +1,172 @@
+"""The study from made-up runs whose curves are straight lines: what must come out is known without the code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from diffexp import archive, claims, tuning
+from diffexp.claims import Verdict
+from diffexp.errors import UserError
+from diffexp.experiments import FIGURES, Tuning, jobs
+from diffexp.markdown import replace_section
+from diffexp.reproduce import reproduce
+from diffexp.scales import SCALES
+from diffexp.statistics import Estimate, Ratio
+
+EMOJI = SCALES["emoji"]
+
+
+def write_run(folder: Path, job: Any, gain: float, diversity: float = 0.5) -> None:
+    """A run whose every reward rises from 7 by ``gain`` over its queries, the judge's half as much."""
+    recipe, run = job.recipe, folder / job.name
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(recipe.to_toml())
+    metrics = [
+        {"iteration": k, "queries": 64 * k, "reward_mean": 7.123456789, "bad": ["x"], "seconds": 9.0}
+        for k in range(1, recipe.iterations + 1)
+    ]
+    evaluations = [
+        {
+            "iteration": k,
+            "queries": 64 * k,
+            "prompts": prompts,
+            "reward": reward,
+            "mean": 7 + (gain / 2 if "judge" in reward else gain) * k / recipe.iterations,
+            "std": 1.0,
+            "n": 9,
+            "diversity": diversity,
+        }
+        for k in range(0, recipe.iterations + 1, recipe.evaluation.every)
+        for prompts in recipe.evaluation.prompts
+        for reward in recipe.evaluation.rewards
+    ]
+    for name, records in (("metrics.jsonl", metrics), ("evaluations.jsonl", evaluations)):
+        (run / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Figures 10a and 17a: DiffExp learns 1.25 times as fast, from images that are more diverse by 0.02."""
+    folder = tmp_path_factory.mktemp("runs")
+    for job in jobs(["10a"], EMOJI):
+        explores = "diffexp" in job.name
+        write_run(folder, job, 1.25 if explores else 1.0, 0.52 if explores else 0.5)
+    store = tmp_path_factory.mktemp("docs") / "study"
+    assert archive.pack(sorted(folder.iterdir()), store / archive.FILE) == 6
+    return store
+
+
+def redraw(store: Path, other: Path | None = None) -> str:
+    reproduce("all", "emoji", None, store / "none", 1, False, {}, Console(quiet=True), source=store, store=other)
+    return store.with_name(f"{store.name}.md").read_text(encoding="utf-8")
+
+
+def test_the_document_says_what_the_runs_say(store: Path) -> None:
+    document = store.with_name("study.md")
+    document.write_text("# Study\n\nBy hand.\n\n<!-- study -->\nold\n<!-- /study -->\n\nAlso by hand.\n")
+    text = redraw(store)
+    assert text.startswith("# Study\n\nBy hand.\n\n<!-- study -->\n")
+    assert text.endswith("<!-- /study -->\n\nAlso by hand.\n")
+    assert "old" not in text
+    lines = text.splitlines()
+    verdicts = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| 1")}
+    for name in ("10a", "17a"):
+        # two members of the ensemble, each with fewer queries and a higher reward
+        assert "**reproduced** (4 of 4 tests)" in verdicts[name]
+    assert "**not run yet**" in verdicts["1"]
+    assert "### Settings tried" in text
+    assert "Not run yet." in text
+    for name in ("10a", "17a"):
+        assert f"![Figure {name}](study/figure-{name}.png)" in text
+        assert (store / f"figure-{name}.png").stat().st_size > 1000
+    row = next(line for line in lines if line.startswith("| AlignProp + DiffExp | 3 |"))
+    # the level 7 + f is reached after f / 1.25 of the queries; final rewards 8.25; diversity 0.52 over 0.5
+    assert row.count("0.80 [0.80, 0.80]") == 3
+    assert "8.25 [8.25, 8.25] | 8.25" in row
+    assert "+0.02 [+0.02, +0.02]" in row
+    assert not list(store.glob("*.md")), "a page of its own would be missing in the navigation"
+    assert redraw(store) == text, "the same again"
+
+
+def test_a_store_is_small_and_gives_the_runs_back(store: Path, tmp_path: Path) -> None:
+    file = store / archive.FILE
+    assert file.stat().st_size / 6 < 12_000
+    runs = archive.unpack(file, tmp_path)
+    assert [run.name for run in runs] == sorted(run.name for run in runs)
+    assert all(archive.complete(run) for run in runs)
+    metrics = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0] == {"iteration": 1, "queries": 64, "reward_mean": 7.12346, "seconds": 9.0}
+    before = file.read_bytes()
+    assert archive.pack(runs, file) == 6
+    assert file.read_bytes() == before
+    (tmp_path / "bad.jsonl").write_text('{"run": "a"}\n')
+    with pytest.raises(UserError, match="line 1: no run"):
+        archive.unpack(tmp_path / "bad.jsonl", tmp_path)
+    with pytest.raises(UserError, match="is a store already"):
+        redraw(store, tmp_path)
+
+
+def test_tuning_takes_the_best_mean_of_each_side(tmp_path: Path) -> None:
+    """The mean over seeds decides, and only once every candidate has been tried to its end."""
+    gains = {"lr-1e-3-s100": 1.0, "lr-1e-3-s101": 1.0, "lr-3e-3-s100": 2.5, "lr-3e-3-s101": 0.0}
+    every = jobs(["tuning"], EMOJI)
+    for job in every[:-1]:
+        best = "ddpo-diffexp-lr-1e-3-epochs-2" in job.name
+        write_run(tmp_path, job, 3.0 if best else next((g for key, g in gains.items() if job.name.endswith(key)), 0.5))
+    assert tuning.choice(EMOJI, tmp_path) == {}, "one run is missing"
+    write_run(tmp_path, every[-1], 0.0)
+    choice = tuning.choice(EMOJI, tmp_path)
+    assert choice["ddpo", True] == {"optimizer.learning_rate": 3e-3}
+    assert choice["ddpo", False] == {"optimizer.learning_rate": 1e-3, "algorithm.inner_epochs": 2}
+    assert choice["alignprop", True] == {"optimizer.learning_rate": 3e-3}
+    figure = FIGURES["tuning"]
+    assert isinstance(figure, Tuning)
+    rows = tuning.rows(tuning.tried(figure, EMOJI, tmp_path))
+    assert ["DDPO", "lr-3e-3", "9.5, 7", "8.25", "yes"] in rows
+    assert len(rows) == 1 + 12
+    assert sum(row[-1] == "yes" for row in rows) == 4
+
+
+def ratio(least: float, most: float, low: float | None, high: float | None) -> Ratio:
+    return Ratio(least, most, low, high, 3, "median")
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (ratio(0.8, 0.8, 0.7, 0.9), Verdict.REPRODUCED),
+        (ratio(0.8, 0.8, 0.7, 1.1), Verdict.PARTLY),
+        (ratio(0.8, 0.8, None, None), Verdict.PARTLY),  # one seed
+        (ratio(0.5, float("inf"), 0.4, float("inf")), Verdict.PARTLY),  # censored: may be either
+        (ratio(1.2, float("inf"), 0.9, float("inf")), Verdict.NOT),
+        (ratio(0.0, 0.7, 0.0, 0.8), Verdict.REPRODUCED),  # the baselines were censored
+        (ratio(0.0, float("inf"), 0.0, float("inf")), Verdict.UNKNOWN),
+        (None, Verdict.UNKNOWN),
+    ],
+)
+def test_verdicts_on_ratios(found: Ratio | None, verdict: Verdict) -> None:
+    assert claims.of_ratio(found) is verdict
+
+
+def test_verdicts_on_differences_and_claims() -> None:
+    estimates = [Estimate(0.2, 0.1, 0.3), Estimate(0.2, -0.1, 0.3), Estimate(0.2), Estimate(-0.1, -0.3, 0.1)]
+    found = [claims.of_difference(estimate) for estimate in estimates]
+    assert found == [Verdict.REPRODUCED, Verdict.PARTLY, Verdict.PARTLY, Verdict.NOT]
+    assert claims.together([]) is Verdict.MISSING
+    assert claims.together([Verdict.UNKNOWN]) is Verdict.UNKNOWN
+    assert claims.together([Verdict.REPRODUCED, Verdict.UNKNOWN]) is Verdict.REPRODUCED
+    assert claims.together([Verdict.REPRODUCED, Verdict.NOT]) is Verdict.PARTLY
+    assert claims.together([Verdict.NOT, Verdict.NOT]) is Verdict.NOT
+
+
+def test_a_section_is_added_where_it_is_missing(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    for _ in range(2):
+        replace_section(document, "one", "text")
+        replace_section(document, "two", "more")
+    assert document.read_text() == "<!-- one -->\ntext\n<!-- /one -->\n\n<!-- two -->\nmore\n<!-- /two -->\n"
