@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -97,3 +98,9 @@ def test_networks_in_bf16_are_quickened_on_a_cpu(sd_folder: object) -> None:
     assert fast.FloatGroupNorm in kinds and nn.GroupNorm not in kinds
     assert {type(processor) for processor in model.unet.attn_processors.values()} == {fast.ShortAttention}
     assert model.dtype == torch.bfloat16
+
+
+def test_attention_takes_all_that_diffusers_pass_on() -> None:
+    """diffusers look at the signature, warn of what it lacks, and leave that out."""
+    parameters = signature(AttnProcessor2_0.__call__).parameters
+    assert parameters.keys() <= signature(fast.ShortAttention.__call__).parameters.keys()

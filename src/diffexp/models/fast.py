@@ -43,13 +43,20 @@ class ShortAttention(AttnProcessor2_0):
     """Attention over few tokens, without the fused kernel: on a CPU its backward pass is 20 times slower in bf16."""
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,  # diffusers passes on only what is named here
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         rounds = hidden_states.dtype == torch.bfloat16 or torch.is_autocast_enabled(hidden_states.device.type)
         short = hidden_states.ndim == 3 and max(hidden_states.shape[1], keys.shape[1]) <= SHORT
         compute = AttnProcessor().__call__ if rounds and short else super().__call__
-        return compute(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        return compute(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
 
 class FloatGroupNorm(nn.GroupNorm):
