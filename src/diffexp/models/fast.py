@@ -40,7 +40,7 @@ class AdaptedLinear(layer.Linear):
 
 
 class ShortAttention(AttnProcessor2_0):
-    """Attention over few tokens, without the fused kernel: on a CPU its backward pass is far slower in bf16 than in float32."""
+    """Attention over few tokens, without the fused kernel: on a CPU its backward pass is slow in bf16."""
 
     def __call__(
         self,
