@@ -134,12 +134,15 @@ def tables(own: Array, cross: Array, recipe: Recipe, images: int, moved: Array) 
     mask = weightings[SCHEMES["masked"]] > 0
     weightings["without t ≤ 100, weights ‖x_t − x_{t−1}‖²"] = np.where(mask, moved, 0.0)
     base = weightings[SCHEMES["none"]]
+    whole = jackknife(lambda b: snr(own, cross, base, b), count)
     rows = ["| weighting | SNR² | times all steps alike | largest step's share |", "| --- | ---: | ---: | ---: |"]
     for name, weights in weightings.items():
         value = jackknife(lambda b, w=weights: scale * snr(own, cross, w, b), count)
-        ratio = jackknife(lambda b, w=weights: snr(own, cross, w, b) / snr(own, cross, base, b), count)
         share = (weights**2 * noise).max() / (weights**2 * noise).sum()
-        rows.append(f"| {name} | {interval(value)} | {interval(ratio)} | {share:.0%} |")
+        times = "not determined"
+        if whole[1] > 0:  # a ratio to what may be 0 says nothing
+            times = interval(jackknife(lambda b, w=weights: snr(own, cross, w, b) / snr(own, cross, base, b), count))
+        rows.append(f"| {name} | {interval(value)} | {times} | {share:.0%} |")
     head = f"{count} batches of {images} images, {steps} steps; SNR² for 64 images."
     return "\n".join([head, "", *rows, "", *lines])
 

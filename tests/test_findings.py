@@ -107,8 +107,13 @@ def test_a_store_is_small_and_gives_the_runs_back(store: Path, tmp_path: Path) -
     (tmp_path / "bad.jsonl").write_text('{"run": "a"}\n')
     with pytest.raises(UserError, match="line 1: no run"):
         archive.unpack(tmp_path / "bad.jsonl", tmp_path)
-    with pytest.raises(UserError, match="is a store already"):
+    with pytest.raises(UserError, match="is a store already: leave --store out"):
         redraw(store, tmp_path)
+    with pytest.raises(UserError, match=r"has no runs\.jsonl, so it is no store: also give --store"):
+        redraw(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        redraw(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_tuning_takes_the_best_mean_of_each_side(tmp_path: Path) -> None:

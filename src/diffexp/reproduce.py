@@ -258,10 +258,14 @@ def keep(plan: Plan, store: Path, console: Console) -> None:
     """The numbers of all runs that are finished into the ``store``, figures of them, and a document beside it.
 
     Raises:
-        UserError: if there are neither runs nor a store.
+        UserError: if there are neither runs nor a store, or the store would lie among the runs.
     """
     file = store / archive.FILE
+    if not plan.runs.is_dir():
+        raise UserError(f"--from {plan.runs}: no such folder")
     if not (plan.runs / archive.FILE).is_file():
+        if plan.runs == store:
+            raise UserError(f"--from {plan.runs} has no {archive.FILE}, so it is no store: also give --store FOLDER")
         done = [state.folder for state in plan.states() if state.finished]
         archive.pack([folder for folder in done if archive.complete(folder)], file)
     elif plan.runs != store:
