@@ -29,7 +29,7 @@ class AdaptedLinear(layer.Linear):
         usual = self.active_adapters == [ADAPTER] and not (self.disable_adapters or self.merged or args or kwargs)
         # in fp16 the adapter's own gradient would underflow
         same = x.dtype == self.base_layer.weight.dtype and x.dtype != torch.float16
-        if not (usual and same) or torch.is_autocast_enabled(x.device.type):
+        if not (usual and same) or autocasts(x):
             return super().forward(x, *args, **kwargs)
         sides: list[Any] = [side[ADAPTER].weight.to(x.dtype) for side in (self.lora_A, self.lora_B)]
         down, up = sides
@@ -53,7 +53,7 @@ class ShortAttention(AttnProcessor2_0):
         **kwargs: Any,
     ) -> Tensor:
         keys = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        rounds = hidden_states.dtype == torch.bfloat16 or torch.is_autocast_enabled(hidden_states.device.type)
+        rounds = hidden_states.dtype == torch.bfloat16 or autocasts(hidden_states)
         short = hidden_states.ndim == 3 and max(hidden_states.shape[1], keys.shape[1]) <= SHORT
         compute = AttnProcessor().__call__ if rounds and short else super().__call__
         return compute(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
@@ -65,6 +65,11 @@ class FloatGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = (None if value is None else value.float() for value in (self.weight, self.bias))
         return functional.group_norm(input.float(), self.num_groups, weight, bias, self.eps).to(input.dtype)
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether products with ``x`` are computed in another precision than its own; "meta" knows no autocast."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def quicken(network: nn.Module) -> None:
