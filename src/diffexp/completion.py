@@ -43,8 +43,10 @@ def rewards(incomplete: str) -> Completions:
 
 def runs(incomplete: str) -> Completions:
     """Run folders, and the emoji model."""
+    from diffexp.emoji import MODELS
+
     found = [(str(path.parent), "a run") for path in paths(incomplete, "*/config.toml")]
-    return starting({"emoji": "the embedded model"}, incomplete) + found
+    return starting(dict.fromkeys(MODELS, "an embedded model"), incomplete) + found
 
 
 def settings(incomplete: str) -> Completions:

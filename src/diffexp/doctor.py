@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from diffexp import emoji
 from diffexp.errors import one_line
 from diffexp.version import __version__
 
@@ -179,7 +180,7 @@ def models() -> dict[str, str]:
 
     found = {}
     for path in dict.fromkeys(Recipe.load(name).model.path for name in shipped()):
-        here = path == "emoji" or isinstance(try_to_load_from_cache(path, "model_index.json"), str)
+        here = path in emoji.MODELS or isinstance(try_to_load_from_cache(path, "model_index.json"), str)
         found[path] = "here" if here else "to download"
     return found
 

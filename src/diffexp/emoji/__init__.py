@@ -1,7 +1,7 @@
 """The emoji world: a miniature Stable Diffusion and its rewards, shipped with the package.
 
-``model/`` opens with ``StableDiffusionPipeline.from_pretrained``, ``alignment/`` with ``CLIPModel.from_pretrained``
-and ``judge/`` with ``VisionTextDualEncoderModel.from_pretrained``; no code of ours is needed.
+``model/`` opens with ``StableDiffusionPipeline.from_pretrained``, ``model-xl/`` with ``StableDiffusionXLPipeline``'s,
+``alignment/`` with ``CLIPModel``'s and ``judge/`` with ``VisionTextDualEncoderModel``'s; no code of ours is needed.
 ``docs/emoji_world.md`` is the model card, ``tools/emoji`` builds everything from scratch.
 """
 
@@ -11,11 +11,13 @@ from pathlib import Path
 
 from diffexp.errors import UserError, unknown
 
-PARTS = ("model", "alignment", "aesthetic", "judge")
+MODELS = {"emoji": "model", "emoji-xl": "model-xl"}
+"""The painters by the names that recipes know them by, and the folders that hold them."""
+PARTS = (*MODELS.values(), "alignment", "aesthetic", "judge")
 
 
 def weights_path(part: str) -> Path:
-    """Where the weights of one part of the world lie: ``model``, ``alignment``, ``aesthetic`` or ``judge``.
+    """Where the weights of one part of the world lie, such as ``model`` or ``judge``.
 
     Raises:
         UserError: an unknown part, or an installation without its package data.
@@ -28,6 +30,6 @@ def weights_path(part: str) -> Path:
     return path
 
 
-def model_path() -> Path:
-    """The folder of the miniature Stable Diffusion, a plain diffusers pipeline folder."""
-    return weights_path("model")
+def model_path(name: str = "emoji") -> Path:
+    """The folder of the miniature Stable Diffusion, or of the one in XL's shape: a plain diffusers pipeline folder."""
+    return weights_path(MODELS[name])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from diffexp.emoji import model_path
+from diffexp.emoji import MODELS, model_path
 from diffexp.errors import UserError, one_line
 from diffexp.models.base import Source
 
@@ -29,8 +29,8 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
     Raises:
         UserError: if there is no such model here, and none to be had from the hub.
     """
-    if name == "emoji":
-        return model_path(), Source(name)
+    if name in MODELS:
+        return model_path(name), Source(name)
     if Path(name).is_dir():
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")

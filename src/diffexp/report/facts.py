@@ -59,7 +59,7 @@ def lede(material: Material) -> str:
     """The setting in a sentence."""
     first = material.first
     model = without_paths(str(first.setting("model", "path")))
-    model = "the emoji world's Stable Diffusion" if model == "emoji" else model
+    model = {"emoji": "the emoji world's Stable Diffusion", "emoji-xl": "its twin in XL's shape"}.get(model, model)
     prompts = without_paths(first.config.get("prompts"))
     seeds = {len(arm.runs) for arm in material.arms}
     runs = f"{plural(len(material.arms), 'method')}, " if len(material.arms) > 1 else ""
