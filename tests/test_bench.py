@@ -89,6 +89,7 @@ def test_how_often_something_is_due(iterations: int, every: int) -> None:
 def test_architectures_by_name() -> None:
     models = {
         "emoji": "emoji",
+        "emoji-xl": "emoji-xl",
         "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
         "me/sd2-portraits": "sd21",
         "a/b": "sd15",

@@ -179,7 +179,7 @@ def all_resamples(values: list[float], summary) -> list[float]:
 
 @pytest.mark.parametrize("censored", [False, True])
 def test_the_studys_ratio_by_brute_force(censored: bool):
-    """Three noisy curves a side: levels, reaches, ratio and its bootstrap, all computed a second time by other means."""
+    """Three noisy curves a side: levels, reaches, ratio and its bootstrap, all computed again by other means."""
     rng, queries = np.random.default_rng(4), [192.0 * k for k in range(5)]
     baseline = [[7.0, 7.2, 7.5, 7.6, 8.0], [7.0, 7.3, 7.4, 7.8, 7.9], [7.0, 7.1, 7.6, 7.7, 8.1]]
     method = [

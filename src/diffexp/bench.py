@@ -20,6 +20,7 @@ from diffexp import assembly, models, prompts, rewards
 from diffexp.algorithms import DDPO, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.config import Recipe
 from diffexp.devices import device
+from diffexp.emoji import MODELS
 from diffexp.environment import GIB, device_name, peak_memory
 from diffexp.errors import UserError
 from diffexp.models import TextToImage
@@ -106,7 +107,7 @@ class Meter:
         return clock() - start
 
     def text(self, count: int) -> TextEmbedding:
-        if self.architecture == "emoji":
+        if self.architecture in MODELS:
             return self.model.encode(["a dolphin riding a bike"]).select([0] * count)
         return text(self.model, count)
 
@@ -255,8 +256,8 @@ PLANS: dict[type, Callable[[Meter, Sequence[float]], float]] = {
 
 def opened(recipe: Recipe, architecture: str) -> TextToImage:
     """The model that ships with the package, or one of random weights."""
-    if architecture == "emoji":
-        return models.load("emoji", recipe.model.precision, str(device(recipe.device)))
+    if architecture in MODELS:
+        return models.load(architecture, recipe.model.precision, str(device(recipe.device)))
     return blank(architecture, recipe.model.precision, device(recipe.device))
 
 
@@ -284,7 +285,7 @@ def fetched(reward: str) -> bool:
 def architecture_of(recipe: Recipe) -> str:
     """What the recipe's model most likely is, by its name."""
     name = recipe.model.path.lower()
-    if name == "emoji":
+    if name in MODELS:
         return name
     return "sdxl" if "xl" in name else "sd21" if re.search("stable-diffusion-2|sd2", name) else "sd15"
 
@@ -297,14 +298,14 @@ def times(iterations: int, every: int) -> int:
 def bench(recipe: Recipe, name: str, architecture: str | None = None) -> Estimate:
     """Measures what the recipe's parts take here, and tells what all of it will.
 
-    ``architecture`` is "emoji" or one of :data:`diffexp.models.blank.ARCHITECTURES`; by default what the recipe's model
-    is called says which. The text encoders' own training, where a recipe has it, is left out.
+    ``architecture`` is a model of the emoji world or one of :data:`diffexp.models.blank.ARCHITECTURES`; by default what
+    the recipe's model is called says which. The text encoders' own training, where a recipe has it, is left out.
 
     Raises:
         UserError: for another architecture, an algorithm of the user's own, or what does not fit into memory.
     """
     architecture = architecture or architecture_of(recipe)
-    if architecture not in ("emoji", *ARCHITECTURES):
+    if architecture not in (*MODELS, *ARCHITECTURES):
         raise UserError(f"--arch = {architecture!r}: take one of {', '.join(('emoji', *ARCHITECTURES))}")
     changes = {"text_encoders": False, "start": None}
     recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update=changes)})

@@ -49,7 +49,7 @@ RecipeName = Annotated[str, A_RECIPE]
 Target = Annotated[
     str,
     typer.Argument(
-        help='A run folder, a diffusers folder, a hub id, or "emoji".',
+        help='A run folder, a diffusers folder, a hub id, "emoji" or "emoji-xl".',
         metavar="RUN_OR_MODEL",
         autocompletion=completion.runs,
     ),

@@ -110,7 +110,7 @@ def bench(
         ),
     ] = None,
     arch: Annotated[
-        str | None, typer.Option(help="The model's architecture: emoji, sd15, sd21 or sdxl; default: by its name.")
+        str | None, typer.Option(help="The model's architecture: emoji, emoji-xl, sd15, sd21 or sdxl.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where it computes: auto, cpu, cuda, cuda:1, mps.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,

@@ -48,7 +48,7 @@ class Settings(BaseModel):
 
 class ModelSettings(Settings):
     path: str = "emoji"
-    """"emoji", a diffusers folder, or a hub id of a Stable Diffusion 1.x, 2.x or XL."""
+    """"emoji", "emoji-xl", a diffusers folder, or a hub id of a Stable Diffusion 1.x, 2.x or XL."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     variant: str | None = None

@@ -336,7 +336,7 @@ def chosen(name: str, scale: str) -> dict[str, Figure]:
         raise unknown("figure", name, FIGURES, f"{known}; 2 is a drawing of the method")
     if not has(SCALES[scale], FIGURES[name]):
         others = " or ".join(f"--scale {key}" for key in SCALES if has(SCALES[key], FIGURES[name]))
-        raise UserError(f"figure {name!r} has no counterpart at --scale {scale} yet: take {others}")
+        raise UserError(f"figure {name!r} has no counterpart at --scale {scale}: take {others}")
     return {name: FIGURES[name]}
 
 

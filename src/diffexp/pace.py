@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from diffexp import assembly, prompts, rewards
 from diffexp.config import AlignPropSettings, DDPOSettings, Recipe
+from diffexp.emoji import MODELS
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.records import JsonLines
@@ -90,7 +91,7 @@ class Times:
 
 def here(recipe: Recipe) -> bool:
     """Whether the recipe's model needs no download."""
-    return recipe.model.path == "emoji" or Path(recipe.model.path).is_dir()
+    return recipe.model.path in MODELS or Path(recipe.model.path).is_dir()
 
 
 def trials(recipe: Recipe, workers: int) -> list[Spent]:

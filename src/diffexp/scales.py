@@ -83,6 +83,14 @@ SCALES = {
                 "emoji-judge",
                 settings={"evaluation.images": 1},
             ),
+            # ours: the small painter in XL's shape, with as many images of the few prompts as of the many.
+            "sdxl": Task(
+                "animals",
+                "emoji-aesthetic",
+                "animals-unseen",
+                "emoji-judge",
+                settings={"model.path": "emoji-xl", "evaluation.images": 2},
+            ),
             # ours: the hardest prompts that the emoji world knows, and all its rewards but the judge.
             "drawbench": Task(
                 "animal-activities",

@@ -38,7 +38,7 @@ def load(
     variant: str | None = None,
     master_weights: bool = False,
 ) -> TextToImage:
-    """The model called ``name``: "emoji" (the one that ships with the package), a diffusers folder, or a hub id.
+    """The model called ``name``: "emoji" or "emoji-xl" (which ship with the package), a folder, or a hub id.
 
     ``precision`` ("fp32", "bf16", "fp16") is that of the frozen weights; a VAE is never loaded in fp16, where SDXL's
     overflows. With ``master_weights`` the denoising network keeps float32 weights and only computes in ``precision``,
