@@ -448,7 +448,11 @@ RUNS: list[tuple[str, dict[str, bytes | str | None], str]] = [
     ("resume RUN", {"config_toml": None}, "is no run folder"),
     ("resume RUN", {"config_toml": "sede = 1"}, "unknown key 'sede': did you mean 'seed'?"),
     ("resume RUN", {"config_toml": b"\xff\xfe"}, "not UTF-8"),
-    ("resume RUN", {"checkpoints": None}, "the checkpoints of this run are gone"),
+    (
+        "resume RUN",
+        {"checkpoints": None, "lora__README_md": None, "metrics_jsonl": '{"iteration": 1}\n' * 100},
+        "the checkpoints of this run are gone",
+    ),
     ("ctl RUN save", {"config_toml": None}, "no run folder"),
     ("ctl RUN save", {"control": "a file"}, "control: can't leave a request there"),
     ("push RUN --to nobody", {}, "--to 'nobody': give user/name"),
@@ -475,7 +479,11 @@ RUNS: list[tuple[str, dict[str, bytes | str | None], str]] = [
     ("train emoji-ddpo --set device=cpu --out RUN", {}, "already holds a run of another recipe"),
     ("train RUN/config.toml --out RUN", {}, "already holds this run, finished"),
     ("train emoji-ddpo --set device=cpu --out thesis", {}, "holds other files and no run"),
-    ("train RUN/config.toml --out RUN", {"checkpoints__iteration-000001__state_json": "{}"}, "no checkpoint is whole"),
+    (
+        "train RUN/config.toml --out RUN",
+        {"checkpoints__iteration-000001__state_json": "{}", "lora__README_md": None},
+        "no checkpoint is whole",
+    ),
 ]
 
 

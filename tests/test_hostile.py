@@ -23,7 +23,8 @@ from diffexp import checkpoint, models
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.rewards import sources, weights
-from diffexp.training import Training, prepare
+from diffexp.runfolder import prepare
+from diffexp.training import Training
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 INJECTION = "a</script><img src=x onerror=alert(1)> ![x](http://evil.example) `b` | c [/red] $\\frac \"'''\n```\n# d"
