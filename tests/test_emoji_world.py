@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +25,13 @@ WEIGHTS = Path(vocabulary.__file__).parent / "weights"
 @pytest.fixture(scope="module")
 def pipeline():
     pipe = StableDiffusionPipeline.from_pretrained(model_path(), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def xl():
+    pipe = StableDiffusionXLPipeline.from_pretrained(model_path("emoji-xl"), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(torch.float32)
 
@@ -57,7 +64,8 @@ def test_weights_are_small_half_precision_and_safe():
     assert sum(file.stat().st_size for file in files) <= 40_000_000
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
     tensors = [file for file in files if file.suffix == ".safetensors"]
-    assert len(tensors) == 6  # text encoder, VAE, UNet, alignment, aesthetic, judge
+    # text encoder, VAE, UNet; the same and a second text encoder in XL's shape; alignment, aesthetic, judge
+    assert len(tensors) == 3 + 4 + 3
     for file in tensors:
         with safe_open(file, "pt") as opened:
             kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
@@ -134,15 +142,36 @@ def test_rewards_take_other_sizes(sheet):
     torch.testing.assert_close(model(larger, sheet[1][:2]), model(images, sheet[1][:2]), atol=0.5, rtol=0)
 
 
-def test_prompts_steer_the_painter(pipeline):
+@pytest.mark.parametrize("name", ["pipeline", "xl"])
+def test_prompts_steer_the_painter(name, request):
     """Of four animals, the judge finds most of those asked for; without guidance's text it could find one in four."""
     animals = ["cow", "frog", "octopus", "zebra"]
-    images = pipeline(
+    images = request.getfixturevalue(name)(
         animals * 3,
         num_inference_steps=10,
         guidance_scale=5.0,
+        height=64,
+        width=64,
         generator=[torch.Generator().manual_seed(k) for k in range(12)],
         output_type="pt",
     ).images
     chosen = EmojiJudge().choose(images.float(), animals)
     assert sum(animals[k] == text for k, text in zip(chosen, animals * 3, strict=True)) >= 8
+
+
+def test_the_xl_painter_hears_the_original_size(xl):
+    """Asked for a picture that was once smaller, it paints one with less detail, as Stable Diffusion XL does."""
+    detail = []
+    for original in (32, 64):
+        noise = [torch.Generator().manual_seed(k) for k in range(8)]
+        sizes = {"original_size": (original, original), "target_size": (64, 64), "height": 64, "width": 64}
+        images = xl(["cow", "frog"] * 4, num_inference_steps=10, generator=noise, output_type="pt", **sizes).images
+        detail.append(images.diff(dim=-1).abs().mean())
+    assert detail[0] < 0.95 * detail[1]
+
+
+def test_the_xl_painter_has_two_text_encoders(xl):
+    assert (
+        xl.text_encoder.config.hidden_size + xl.text_encoder_2.config.hidden_size == xl.unet.config.cross_attention_dim
+    )
+    assert xl.unet.config.addition_embed_type == "text_time"

@@ -8,11 +8,19 @@ from collections.abc import Callable
 
 import torch
 
-from tools.emoji import clip, evaluate, export, raters, scenes, sprites, tokenizer, unet, vae
+from tools.emoji import clip, evaluate, export, raters, scenes, sprites, tokenizer, unet, vae, xl
 from tools.emoji.common import Budget
 
 # Minutes of training a stage gets unless told otherwise; docs/emoji_world.md says what the shipped weights took.
-MINUTES = {"vae": 30.0, "vae-decoder": 15.0, "alignment": 15.0, "alignment-vision": 15.0, "judge": 15.0, "unet": 60.0}
+MINUTES = {
+    "vae": 30.0,
+    "vae-decoder": 15.0,
+    "alignment": 15.0,
+    "alignment-vision": 15.0,
+    "judge": 15.0,
+    "unet": 60.0,
+    "xl": 60.0,
+}
 
 
 def stages(budget: Callable[[str], Budget], device: str, threads: int | None) -> dict[str, Callable[[], object]]:
@@ -35,6 +43,7 @@ def stages(budget: Callable[[str], Budget], device: str, threads: int | None) ->
         "raters": lambda: raters.train(device),
         "export": lambda: export.export(),
         "evaluate": lambda: (evaluate.samples(device), evaluate.evaluate(device)),
+        "xl": lambda: (xl.train(budget("xl"), device), xl.export(), xl.report()),
     }
 
 

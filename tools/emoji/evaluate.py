@@ -101,7 +101,7 @@ class World:
             "alignment": self.alignment(images, prompts).mean().item(),
             "judge": self.judge(images, prompts).mean().item(),
             "aesthetic": self.aesthetic(images, prompts).mean().item(),
-            "diversity": self._spread(features, each) if each > 1 else float("nan"),
+            "diversity": self.spread(features, each) if each > 1 else float("nan"),
         }
 
     def _found(self, feature: Tensor, animal: str, activity: str) -> tuple[bool, bool]:
@@ -114,7 +114,7 @@ class World:
         )
 
     @staticmethod
-    def _spread(features: Tensor, each: int) -> float:
+    def spread(features: Tensor, each: int) -> float:
         """1 − the mean cosine between different samples of one prompt, averaged over prompts."""
         groups = features.unflatten(0, (-1, each))
         cosines = groups @ groups.mT

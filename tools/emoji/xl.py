@@ -9,6 +9,7 @@ from noise.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from diffexp.emoji.vocabulary import ALL_ANIMALS
+from diffexp.rewards.emoji import EmojiAlignment, EmojiJudge
 from tools.emoji import clip, scenes, tokenizer, vae
-from tools.emoji.common import WEIGHTS, WORK, Budget, Training, save, trained
+from tools.emoji.common import ROOT, WEIGHTS, WORK, Budget, Training, save, trained
+from tools.emoji.evaluate import World, grid
 from tools.emoji.groupnorm import speed_up
 from tools.emoji.unet import CAPTION_DROPOUT, caption_table, claims, scheduler, snr_weights
 
@@ -165,6 +169,28 @@ def export(target: Path = WEIGHTS / "model-xl") -> None:
     pipeline.to(torch.float16).save_pretrained(staging, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_classic_files(staging / name)
+    # the classic files hold the same, and the package has no room for both twice
+    (staging / "tokenizer_2" / "tokenizer.json").unlink()
     shutil.rmtree(target, ignore_errors=True)
     shutil.move(staging, target)
     print(f"export: {sum(f.stat().st_size for f in WEIGHTS.rglob('*') if f.is_file()) / 1e6:.1f} MB in all", flush=True)
+
+
+@torch.no_grad()
+def report(scales: Sequence[float] = (1.0, 2.0, 5.0, 7.5)) -> None:
+    """What the judge sees in two samples of each animal alone, over guidance scales; and the model card's picture."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(WEIGHTS / "model-xl", local_files_only=True).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    judge, alignment = EmojiJudge(), EmojiAlignment()
+    prompts = [animal for animal in ALL_ANIMALS for _ in range(2)]
+    for scale in scales:
+        noise = [torch.Generator().manual_seed(1000 + k) for k in range(len(prompts))]
+        sampling: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": scale, "eta": 1.0}
+        images = pipe(prompts, **sampling, height=64, width=64, generator=noise, output_type="pt").images
+        right = [ALL_ANIMALS[k] == name for k, name in zip(judge.choose(images, ALL_ANIMALS), prompts, strict=True)]
+        spread = World.spread(judge.image_features(images), 2)
+        scores = {"alignment": alignment(images, prompts).mean().item(), "judge": judge(images, prompts).mean().item()}
+        figures = {"right animal": np.mean(right), **scores, "diversity": spread}
+        print(f"xl: w = {scale}", {key: round(float(value), 3) for key, value in figures.items()}, flush=True)
+        if scale == 5:
+            grid(images[:96:2], 12, ROOT / "docs" / "images" / "emoji_xl_animals.png", zoom=2)
