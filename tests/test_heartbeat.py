@@ -19,17 +19,33 @@ from diffexp.errors import Lost
 from diffexp.parallel import join
 
 what, folder = sys.argv[1], Path(sys.argv[2])
+rendezvous = torch.distributed.rendezvous
+
+def meet(*where, **settings):
+    for met in rendezvous(*where, **settings):
+        if what == "meet " + os.environ["RANK"]:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1)  # until the other has stopped
+        yield met
+
+if what.startswith("meet"):
+    torch.distributed.rendezvous = meet
+if what == "start " + os.environ["RANK"]:
+    os.kill(os.getpid(), signal.SIGSTOP)
 ranks = join(torch.device("cpu"))
 try:
     with ranks.together((folder / str(ranks.rank)).touch):
+        ranks.wait()
         if what == "slow":
             time.sleep(9 if ranks.rank == 1 else 0)  # three times the patience
             ranks.wait()
-        if what.endswith(str(ranks.rank)):
+        if what.endswith(str(ranks.rank)) and not what.startswith("last"):
             if what.startswith("raise"):
                 raise ValueError("no such luck")
             os.kill(os.getpid(), signal.SIGKILL if what.startswith("kill") else signal.SIGSTOP)
         ranks.wait()
+    if what == f"last {ranks.rank}":
+        os.kill(os.getpid(), signal.SIGSTOP)
 except Lost as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(Lost.exit_code)
@@ -66,6 +82,25 @@ def test_a_lost_process_ends_the_others(
         run(what, tmp_path, monkeypatch)
     survivor = 1 - int(what[-1])
     assert (tmp_path / str(survivor)).exists(), "who is left saves before it ends"
+
+
+@pytest.mark.parametrize("moment", ["start", "meet", "last"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stops_where_nobody_listens_ends_the_others(
+    moment: str, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "NOTICE", 0.0)
+    with pytest.raises(UserError, match=f"^process {rank} of 2 has given no sign of life for 3 s; "):
+        run(f"{moment} {rank}", tmp_path, monkeypatch)
+
+
+def test_processes_that_meet_need_no_launcher_to_see_that_one_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under torchrun, or on several machines."""
+    monkeypatch.setattr(launch.Rank, "stopped", lambda rank: False)
+    with pytest.raises(UserError, match=r"^process 0 of 2 has given no sign of life for 3 s; "):
+        run("meet 0", tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "inf"])

@@ -4,6 +4,9 @@ Every rank counts seconds in the store that the ranks met at, and watches the co
 threads of its own: however long a reward or an evaluation takes, the count goes on; a process that was killed or
 stopped counts no more. The first to notice leaves the verdict in the store, where all the others find it a second
 later. That needs no time limit on the work itself, and works wherever the ranks run.
+
+Every call to the store waits for as long as the process that holds it stands still. None is therefore made on the
+thread that judges, nor on the main one before the judge is there.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from threading import Event, Thread
 from typing import Any
 
 from diffexp.errors import GOES_ON, Lost, first_line
+from diffexp.patience import MEETING, silent
 
 BEAT = 1.0  # seconds
 
@@ -23,23 +27,27 @@ BEAT = 1.0  # seconds
 class Heartbeat:
     """This rank's sign of life, and its look at the next rank's. After ``patience`` seconds of silence the run ends.
 
+    A rank that has not counted yet may still be starting, and has longer; one whose store is silent is silent itself.
     ``rescue`` is called before a process is ended from here: it saves what is worth saving.
     """
 
     def __init__(self, store: Any, rank: int, size: int, patience: float) -> None:
-        self.store, self.rank, self.size, self.patience = store.clone(), rank, size, patience
+        self.store, self.rank, self.size, self.patience = store, rank, size, patience
         self.watched = (rank + 1) % size
         self.rescue: Callable[[], None] = lambda: None
         self.verdict, self.silence, self.unanswered = "", 0.0, 0.0
+        self.begun = False
         self.over = Event()
-        for work in (self.pulse, self.guard):
+        for work in (self.guard, self.pulse):
             Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
 
     def pulse(self) -> None:
         """Counts, and reads. Where the store is stopped this never returns, so that another thread has to judge."""
         last = -1
         try:
-            while not self.over.wait(BEAT):
+            # a connection of its own: the ranks' main threads wait for each other on the one they met at
+            self.store = self.store.clone()
+            while True:
                 self.store.add(f"beats of {self.rank}", 1)
                 beats = self.store.add(f"beats of {self.watched}", 0)
                 if self.store.check(["verdict"]):
@@ -47,6 +55,9 @@ class Heartbeat:
                 self.unanswered = 0.0
                 if beats != last:
                     last, self.silence = beats, 0.0
+                self.begun = beats > 0
+                if self.over.wait(BEAT):
+                    break
         except RuntimeError:
             self.verdict = self.verdict or f"process 0 of {self.size}, or its machine, is gone"
 
@@ -60,11 +71,12 @@ class Heartbeat:
             if self.verdict and not self.over.wait(min(5 * BEAT, self.patience)):
                 self.end()
             self.silence, self.unanswered = self.silence + BEAT, self.unanswered + BEAT
-            if self.silence > self.patience:
+            limit = self.patience if self.begun else MEETING
+            if self.silence > limit or self.unanswered > self.patience:
                 # a store that does not answer is process 0's, or its launcher's
                 answers = self.unanswered < self.patience / 2
-                silent = self.watched if answers else 0
-                self.verdict = f"process {silent} of {self.size} has given no sign of life for {self.patience:g} s"
+                whom, how_long = (self.watched, limit) if answers else (0, self.patience)
+                self.verdict = silent(whom, self.size, how_long)
                 if answers:
                     self.tell(self.verdict)
                 self.end()
@@ -76,16 +88,22 @@ class Heartbeat:
         os._exit(Lost.exit_code)
 
     def tell(self, verdict: str) -> None:
-        """Leaves the reason why the run ends, for all ranks."""
-        with suppress(RuntimeError):
-            self.store.set("verdict", verdict)
+        """Leaves the reason why the run ends, for all ranks; a store that does not answer keeps nobody from ending."""
 
-    def reason(self) -> str:
+        def leave_word() -> None:
+            with suppress(RuntimeError):
+                self.store.set("verdict", verdict)
+
+        teller = Thread(target=leave_word, name="heartbeat-tell", daemon=True)
+        teller.start()
+        teller.join(self.patience)
+
+    def reason(self, otherwise: str = "another process of the run is gone") -> str:
         """Why another process does not answer, as far as is known a moment later."""
         for _ in range(3):
             if self.verdict or self.over.wait(BEAT):
                 break
-        return self.verdict or "another process of the run is gone"
+        return self.verdict or otherwise
 
     def leave(self, error: BaseException | None = None) -> None:
         """Ends the watch: this rank is done, or has failed, which the others are told."""

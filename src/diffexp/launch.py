@@ -14,12 +14,13 @@ from contextlib import suppress
 from threading import Thread
 from typing import IO
 
-from diffexp.errors import Lost, UserError
-from diffexp.patience import patience
+from diffexp.errors import GOES_ON, Lost, UserError
+from diffexp.patience import patience, silent
 
 PROGRAM = (sys.executable, "-m", "diffexp")
 INTERRUPTED = 130  # the exit code of a run that was asked to stop
 NOTICE = 10.0  # seconds, besides the patience, for the others to notice that one failed, to save, and to end
+TICK = 0.1  # seconds between two looks at the processes
 GRACE = 5.0  # seconds between asking the remaining processes to end and ending them
 ERROR = "error: "  # what the line of a user's error begins with; this process prints one for all
 
@@ -38,7 +39,7 @@ class Rank:
         self.process = subprocess.Popen(  # noqa: S603
             [*PROGRAM, *arguments], env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
         )
-        self.last_words = ""
+        self.last_words, self.stood = "", 0.0  # seconds for which it has been stopped, while others were not
         self.listener = Thread(target=self.listen, args=(self.process.stderr,), daemon=True)
         self.listener.start()
 
@@ -53,6 +54,15 @@ class Rank:
     def code(self) -> int | None:
         """The exit code, or None while it runs."""
         return self.process.poll()
+
+    def stopped(self) -> bool:
+        """Whether it is stopped, as by SIGSTOP, which no exit code tells. Where the system does not say: no."""
+        if not hasattr(os, "waitid") or self.code() is not None:
+            return False
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # it has ended since
+            return False
 
     def words(self) -> str:
         """The last line that it said, without what marks it as an error, and as whose."""
@@ -76,10 +86,13 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     ranks = [Rank(rank, processes, where, arguments) for rank in range(processes)]
     previous = signal.signal(signal.SIGTERM, lambda *_: [rank.process.terminate() for rank in ranks])
     try:
-        failed = watch(ranks, seconds + NOTICE)
+        failed = watch(ranks, seconds)
+        still = [rank.stood > seconds for rank in ranks]
     finally:
         signal.signal(signal.SIGTERM, previous)
         end(ranks)
+    if failed is None and True in still:
+        raise UserError(f"{silent(still.index(True), processes, seconds)}; {GOES_ON}")
     if failed is None:
         return
     if ranks[failed].code() == INTERRUPTED:
@@ -89,22 +102,34 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
     raise UserError(f"process {failed} of {processes} failed ({ranks[failed].obituary()}); the others were ended")
 
 
-def watch(ranks: Sequence[Rank], grace: float) -> int | None:
-    """The rank to blame once one has failed, or None when all have ended well.
+def watch(ranks: Sequence[Rank], seconds: float) -> int | None:
+    """The rank to blame once one has failed, or None when all have ended well, or at most stand still.
 
-    After the first has failed, the others have ``grace`` seconds to notice, to save, and to end by themselves; after
-    the user's own wish to stop, as long as they need.
+    After the first has failed, or stood still for ``seconds``, the others have as long again, and ``NOTICE``, to
+    notice, to save, and to end by themselves; after the user's own wish to stop, as long as they need.
     """
     deadline = float("inf")
     while time.monotonic() < deadline:
         with suppress(KeyboardInterrupt):  # Ctrl-C reached the processes too: they save and end
             codes = [rank.code() for rank in ranks]
-            if None not in codes:
+            look(ranks)
+            still = [rank.stood > seconds for rank in ranks]
+            if all(code is not None or stands for code, stands in zip(codes, still, strict=True)):
                 break
-            if deadline == float("inf") and not {None, 0, INTERRUPTED}.issuperset(codes):
-                deadline = time.monotonic() + grace
-            time.sleep(0.1)
+            if deadline == float("inf") and (any(still) or not {None, 0, INTERRUPTED}.issuperset(codes)):
+                deadline = time.monotonic() + seconds + NOTICE
+            time.sleep(TICK)
     return blamed([rank.code() for rank in ranks])
+
+
+def look(ranks: Sequence[Rank]) -> None:
+    """Counts for how long a process stands still. The ranks see that too, but not before they have met.
+
+    It is counted in looks: a run that was suspended as a whole, with or without this process, blames nobody afterwards.
+    """
+    stopped = [rank.stopped() for rank in ranks]
+    for rank, still in zip(ranks, stopped, strict=True):
+        rank.stood = rank.stood + TICK * (not all(stopped)) if still else 0.0
 
 
 def blamed(codes: Sequence[int | None]) -> int | None:

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffexp.errors import Lost, UserError, cut
+from diffexp.errors import Lost, UserError, cut, first_line
 from diffexp.heartbeat import Heartbeat
-from diffexp.patience import patience
+from diffexp.patience import MEETING, patience
 
-MEETING = timedelta(minutes=10)  # for all ranks to start
 MESSAGE = 2**24  # numbers, 128 MB
 WORK = timedelta(hours=2)  # from one message to the next: long, because the heartbeat tells a dead rank from a slow one
 
@@ -151,15 +150,22 @@ def join(device: torch.device) -> Ranks:
 
     Raises:
         UserError: if what they should have put there is no number.
+        Lost: if the others are there, but cannot be talked to.
     """
     for name in ("RANK", "WORLD_SIZE"):
         if not (text := os.environ.get(name, "0")).isdecimal():
             raise UserError(f"{name} = {cut(repr(text))} is no number: unset it, or let torchrun set it")
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+    seconds = patience()
+    if dist.is_initialized():
+        rank, size, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
+        return Ranks(rank, size, str(device), Heartbeat(store, rank, size, seconds))
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
+    heartbeat = Heartbeat(store, rank, size, seconds)  # first: the ranks wait for each other from here on
+    try:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
-    rank, size, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()
-    return Ranks(rank, size, str(device), Heartbeat(store, rank, size, patience()))
+    except RuntimeError as error:
+        raise Lost(heartbeat.reason(f"the processes cannot connect: {first_line(error)}")) from error
+    return Ranks(rank, size, str(device), heartbeat)

@@ -7,6 +7,7 @@ import os
 from diffexp.errors import UserError
 
 VARIABLE, DEFAULT = "DIFFEXP_PATIENCE", 20.0
+MEETING = 600.0  # seconds for all processes to start: nobody can tell one that has not from one that never will
 
 
 def patience() -> float:
@@ -23,3 +24,8 @@ def patience() -> float:
     if not 0 < seconds < float("inf"):
         raise UserError(f"{VARIABLE} = {text!r}: give the seconds that processes wait for each other, such as 20")
     return seconds
+
+
+def silent(rank: int, size: int, seconds: float) -> str:
+    """What is said of a process that was waited for so long."""
+    return f"process {rank} of {size} has given no sign of life for {seconds:g} s"
