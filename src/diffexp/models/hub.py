@@ -41,7 +41,8 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
     except Exception as error:
         raise UserError(
             f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has "
-            f"({one_line(error.__cause__ or error)})"
+            f"({one_line(error.__cause__ or error)}); for a machine without internet, fill the cache on another one: "
+            "diffexp download RECIPE"
         ) from error
     return folder, Source(name, folder.name)
 
