@@ -3,13 +3,16 @@
     python benchmarks/kill_storm.py --kills 200 --algorithm both
 
 A run of a few tiny iterations is done once undisturbed. Then the same run is begun again and again, killed by SIGKILL,
-continued, perhaps killed once more, and left to finish. LoRA files, evaluations, previews and metrics (timings and
-memory aside) have to be those of the undisturbed run, byte for byte. Three ways of killing take turns:
+continued, perhaps killed once more, and left to finish. LoRA files, card, evaluations, previews and metrics (timings
+and memory aside) have to be those of the undisturbed run, byte for byte, and no unfinished file may be left. A run
+that was killed after its card was written is finished: then the same command has to say so, and to change nothing.
+Four ways of killing take turns (``--kinds`` picks some of them):
 
 - ``time``: at a moment that is uniform over the duration of the run, from its first file to its model card;
 - ``save``: some milliseconds after a checkpoint has begun to be written;
 - ``call``: immediately before a file operation (open for writing, write, fsync, mkdir, rename, truncate, remove), each
-  of the run's operations being equally likely.
+  of the run's operations being equally likely;
+- ``finish``: the same among the operations after the last iteration: publishing, the report, the card.
 
 All draws come from ``--seed``. Which instruction ``time`` and ``save`` hit depends on the machine as well. Runs are
 children of one process that has imported everything: otherwise a kill would cost seconds of imports. Needs fork.
@@ -27,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +39,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from tiny import write_pipeline
 
-from diffexp import train
+from diffexp import card, durable
 from diffexp.config import Recipe
+from diffexp.errors import UserError
+from diffexp.training import Training
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "ddpo": {"name": "ddpo", "minibatches": 1},
     "alignprop": {"name": "alignprop", "last_steps": 1},
 }
-KINDS = ("time", "save", "call")
+KINDS = ("time", "save", "call", "finish")
 MOST_KILLS = 4
 """Of one run."""
 ASIDE = ("seconds", "memory_gib")
@@ -51,10 +56,10 @@ ASIDE = ("seconds", "memory_gib")
 
 
 class Blow(NamedTuple):
-    """How a process is killed: ``time`` and ``save`` strike from outside, ``call`` from within."""
+    """How a process is killed: ``time`` and ``save`` strike from outside, the others from within."""
 
     kind: str
-    share: float  # of the undisturbed run's duration, or of its file operations
+    share: float  # of the undisturbed run's duration, or of its file operations, or of those of its finish
     saves: int  # checkpoints to let pass
     delay: float  # seconds into a save
 
@@ -65,6 +70,7 @@ class Whole(NamedTuple):
     contents: dict[str, Any]
     seconds: float
     calls: int
+    finish_calls: int
 
 
 def recipe(model: Path, algorithm: str) -> Recipe:
@@ -92,9 +98,9 @@ def contents(run: Path) -> dict[str, Any]:
     """What a finished run has left, timings aside."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {"metrics.jsonl": [{k: v for k, v in line.items() if k not in ASIDE} for line in lines]}
-    for pattern in ("lora/*.safetensors", "samples/**/*.png", "e*.jsonl"):
+    for pattern in ("lora/*.safetensors", "lora/README.md", "lora/images/*", "samples/**/*.png", "e*.jsonl"):
         found |= {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.glob(pattern))}
-    return found
+    return found | {str(path.relative_to(run)): b"unfinished" for path in run.rglob(f"{durable.TEMPORARY}*")}
 
 
 class FileOperations:
@@ -152,13 +158,42 @@ def fork(work: Callable[[], None], log: Path) -> int:
         os._exit(code)
 
 
+class Announced(Training):
+    """A run that tells when all of its iterations are done."""
+
+    trained: Callable[[], None]
+
+    def finish(self) -> None:
+        self.trained()
+        super().finish()
+
+
+def train(settings: Recipe, run: Path, trained: Callable[[], None] = lambda: None) -> None:
+    """Begins a run, continues it, or is told that it is finished: which has to be so, and only then."""
+    finished = card.path(run, settings).is_file()
+    training = Announced(settings, run)
+    training.trained = trained
+    try:
+        training.run()
+    except UserError as error:
+        if not finished or "already holds this run, finished" not in str(error):
+            raise
+    else:
+        if finished:
+            raise RuntimeError(f"{run} was finished, and was trained again")
+
+
 def attempt(settings: Recipe, run: Path, log: Path, whole: Whole, blow: Blow | None) -> int:
     """Begins or continues a run, strikes, and returns how the process ended: 0 well, -9 killed."""
 
     def work() -> None:
         if blow and blow.kind == "call":
             OPERATIONS.before = dying(1 + int(blow.share * whole.calls))
-        train(settings, run)
+        train(settings, run, strike_in_finish if blow and blow.kind == "finish" else lambda: None)
+
+    def strike_in_finish() -> None:
+        if blow:
+            OPERATIONS.before = dying(1 + int(blow.share * whole.finish_calls))
 
     child = fork(work, log)
     if blow and blow.kind == "time":
@@ -183,30 +218,33 @@ def strike_in_save(child: int, checkpoints: Path, blow: Blow) -> None:
 
 
 def undisturbed(settings: Recipe, run: Path) -> Whole:
-    """Does the run in this process, which warms it up, and counts its file operations."""
+    """Does the run in this process, and counts its file operations."""
     calls: list[None] = []
+    before_finish: list[int] = []
     OPERATIONS.before = lambda: calls.append(None)
     start = time.perf_counter()
-    train(settings, run)
+    train(settings, run, lambda: before_finish.append(len(calls)))
     seconds = time.perf_counter() - start
     OPERATIONS.before = lambda: None
-    return Whole(contents(run), seconds, len(calls))
+    return Whole(contents(run), seconds, len(calls), len(calls) - before_finish[0])
 
 
-def blows(draw: random.Random) -> Iterator[Blow]:
+def blows(draw: random.Random, kinds: Sequence[str]) -> Iterator[Blow]:
     """What happens to the next run."""
     for _ in range(draw.randint(1, MOST_KILLS)):
-        yield Blow(draw.choice(KINDS), draw.random(), draw.randint(0, 1), draw.uniform(0, 0.02))
+        yield Blow(draw.choice(kinds), draw.random(), draw.randint(0, 1), draw.uniform(0, 0.02))
 
 
-def storm(settings: Recipe, whole: Whole, kills: int, draw: random.Random, folder: Path) -> tuple[int, dict[str, int]]:
+def storm(
+    settings: Recipe, whole: Whole, kills: int, draw: random.Random, folder: Path, chosen: Sequence[str]
+) -> tuple[int, dict[str, int]]:
     """Kills runs until there were so many kills; how many of them did no harm, and how many there were of each kind."""
-    well, done, kinds, number = 0, 0, dict.fromkeys(KINDS, 0), 0
+    well, done, kinds, number = 0, 0, dict.fromkeys(chosen, 0), 0
     while done < kills:
         number += 1
         run, log, struck, code = folder / str(number) / "run", folder / f"{number}.log", [], 0
         run.parent.mkdir()
-        for blow in blows(draw):
+        for blow in blows(draw, chosen):
             code = attempt(settings, run, log, whole, blow)
             if code != -signal.SIGKILL:
                 break
@@ -218,7 +256,7 @@ def storm(settings: Recipe, whole: Whole, kills: int, draw: random.Random, folde
         code = attempt(settings, run, log, whole, None) if code == -signal.SIGKILL else code
         different = differences(run, whole) if code == 0 else [f"it ended with exit code {code}: {log}"]
         if different:
-            print(f"run {run} after {struck}: {'; '.join(different)}")
+            print(f"run {run} after {struck}: {'; '.join(different)}", flush=True)
         else:
             well += len(struck)
             shutil.rmtree(run.parent)
@@ -236,6 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--algorithm", choices=[*ALGORITHMS, "both"], default="both")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="ways of killing (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -247,8 +286,9 @@ def main() -> int:
         kills = given.kills * (k + 1) // len(chosen) - given.kills * k // len(chosen)
         place, settings = folder / algorithm, recipe(model, algorithm)
         place.mkdir()
+        undisturbed(settings, place / "warm-up")  # what is imported late is compiled, and files are written for that
         whole = undisturbed(settings, place / "run")
-        survived, kinds = storm(settings, whole, kills, draw, place)
+        survived, kinds = storm(settings, whole, kills, draw, place, given.kinds)
         counted = ", ".join(f"{count} by {kind}" for kind, count in kinds.items())
         print(f"{algorithm}: {kills} kills ({counted}), {survived} ended identical", flush=True)
         well += survived
