@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -30,19 +32,20 @@ CAPTIONS_FROM = 300
 SNR_CEILING = 5.0
 
 
-def build() -> UNet2DConditionModel:
-    """An untrained UNet: a cheap first level at 16×16, cross-attention at 8×8 and 4×4."""
+def build(deepest: int = 192, text: int = 128, **further: Any) -> UNet2DConditionModel:
+    """An untrained UNet: a cheap first level at 16×16, cross-attention to ``text`` numbers at 8×8 and 4×4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=8,
         out_channels=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 192),
+        block_out_channels=(32, 64, deepest),
         layers_per_block=1,
-        cross_attention_dim=128,
+        cross_attention_dim=text,
         attention_head_dim=(2, 2, 4),
         norm_num_groups=8,
+        **further,
     )
 
 
@@ -107,6 +110,12 @@ def snr_weights(alphas: Tensor) -> Tensor:
     return (snr.clamp(max=SNR_CEILING) / snr).sqrt()
 
 
+def noised(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The latents (B, C, H, W) at the noise level ᾱ_t of each (B,), in the layout that the network is fast in."""
+    alpha = alpha_bar.view(-1, 1, 1, 1)
+    return (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+
+
 def claims(classes: np.ndarray, of_others: np.ndarray, timesteps: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The scenes (B,) that the captions claim, of pictures that show the scenes ``classes`` (B,).
 
@@ -143,8 +152,7 @@ def train(budget: Budget, device: str) -> None:
         text[torch.from_numpy(rng.random(BATCH) < CAPTION_DROPOUT).to(device)] = empty
         timesteps = torch.from_numpy(times).to(device)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        noisy = noised(clean, noise, alphas[timesteps])
         with torch.autocast(device, torch.bfloat16):
             predicted = model(noisy, timesteps, text).sample
         errors = (predicted.float() - noise).square().mean((1, 2, 3))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,11 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffexp.emoji.vocabulary import ALL_ANIMALS
 from diffexp.rewards.emoji import EmojiAlignment, EmojiJudge
-from tools.emoji import clip, scenes, tokenizer, vae
+from tools.emoji import clip, scenes, tokenizer, unet, vae
 from tools.emoji.common import ROOT, WEIGHTS, WORK, Budget, Training, save, trained
-from tools.emoji.evaluate import World, grid
+from tools.emoji.evaluate import World, grid, pipeline
 from tools.emoji.groupnorm import speed_up
-from tools.emoji.unet import CAPTION_DROPOUT, caption_table, claims, scheduler, snr_weights
+from tools.emoji.unet import CAPTION_DROPOUT, caption_table, claims, noised, scheduler, snr_weights
 
 BATCH = 64
 PEAK = 2e-3
@@ -49,28 +49,15 @@ def build() -> nn.ModuleDict:
             "projection_dim": WIDTH,
         }
     )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=8,
-        out_channels=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 80),
-        layers_per_block=1,
-        cross_attention_dim=first.hidden_size + WIDTH,
-        attention_head_dim=(2, 2, 4),
-        norm_num_groups=8,
+    painter = unet.build(
+        deepest=80,
+        text=first.hidden_size + WIDTH,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=WIDTH + 6 * 16,
     )
-    return nn.ModuleDict({"unet": unet, "text_encoder_2": CLIPTextModelWithProjection(second)})
-
-
-def teacher(device: str = "cpu") -> StableDiffusionPipeline:
-    """The first painter, as the package has it."""
-    return StableDiffusionPipeline.from_pretrained(WEIGHTS / "model", local_files_only=True).to(device, torch.float32)
+    return nn.ModuleDict({"unet": painter, "text_encoder_2": CLIPTextModelWithProjection(second)})
 
 
 @torch.no_grad()
@@ -93,12 +80,12 @@ def train(budget: Budget, device: str) -> None:
     """Train the UNet and the second text encoder together."""
     torch.manual_seed(50)
     model = build().to(device, memory_format=torch.channels_last)
-    unet, second = model["unet"], model["text_encoder_2"]
-    unet.set_attn_processor(AttnProcessor())
+    learner, second = model["unet"], model["text_encoder_2"]
     training = Training("xl", speed_up(model), budget, PEAK, average=0.998)
-    painter = teacher(device)
-    painter.unet.to(memory_format=torch.channels_last).set_attn_processor(AttnProcessor())
-    speed_up(painter.unet)
+    painter = pipeline(device=device)
+    teacher = speed_up(painter.unet.to(memory_format=torch.channels_last))
+    for network in (learner, teacher):
+        network.set_attn_processor(AttnProcessor())
     sizes = {scenes.SIZE: load_file(WORK / "latents.safetensors")["latents"], SMALL: small_latents(painter)}
     _, classes = scenes.load("painter")
     texts = caption_table()
@@ -119,19 +106,18 @@ def train(budget: Budget, device: str) -> None:
         dropped = torch.from_numpy(rng.random(BATCH) < CAPTION_DROPOUT).to(device)
         timesteps = torch.from_numpy(times).to(device)
         noise = torch.randn(clean.shape, generator=generator, device=device)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        noisy = noised(clean, noise, alphas[timesteps])
         is_small = torch.from_numpy(small).to(device)
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 states = painter.text_encoder(ids, output_hidden_states=True)
                 heard = torch.where(dropped[:, None, None], empty, states.last_hidden_state)
-                taught = painter.unet(noisy, timesteps, heard).sample.float()
+                taught = teacher(noisy, timesteps, heard).sample.float()
             own = second(ids, output_hidden_states=True)
             kept = ~dropped[:, None]  # Stable Diffusion XL's empty prompt is all zeros
             hidden = torch.cat([states.hidden_states[-2], own.hidden_states[-2]], -1) * kept[..., None]
             added = {"text_embeds": own.text_embeds * kept, "time_ids": time_ids(is_small)}
-            predicted = unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample
+            predicted = learner(noisy, timesteps, hidden, added_cond_kwargs=added).sample
         target = torch.where(is_small.view(-1, 1, 1, 1), noise, taught)
         errors = (predicted.float() - target).square().mean((1, 2, 3))
         training.update((errors * weights[timesteps]).mean())
@@ -153,9 +139,9 @@ def load() -> nn.ModuleDict:
 
 def export(target: Path = WEIGHTS / "model-xl") -> None:
     """Write an ordinary diffusers folder of a ``StableDiffusionXLPipeline`` in fp16."""
-    staging, parts, painter = WORK / "export-xl", load(), teacher()
+    staging, parts, painter = WORK / "export-xl", load(), pipeline()
     shutil.rmtree(staging, ignore_errors=True)
-    pipeline = StableDiffusionXLPipeline(
+    xl = StableDiffusionXLPipeline(
         vae=painter.vae,
         text_encoder=painter.text_encoder,
         text_encoder_2=parts["text_encoder_2"],
@@ -166,7 +152,7 @@ def export(target: Path = WEIGHTS / "model-xl") -> None:
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(staging, safe_serialization=True)
+    xl.to(torch.float16).save_pretrained(staging, safe_serialization=True)
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_classic_files(staging / name)
     # the classic files hold the same, and the package has no room for both twice
