@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 LORA := lora/pytorch_lora_weights.safetensors
+# two files at a time, with a thread each
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test check docs format clean
 
@@ -24,14 +26,14 @@ $(DEMO)/diffexp/$(LORA): .venv/installed
 	$(BIN)/diffexp train demo-diffexp --out $(DEMO)/diffexp
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 check: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 docs: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'

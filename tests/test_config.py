@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffexp.config import AlignPropSettings, Recipe
+from diffexp.config import Recipe
 from diffexp.errors import UserError
+from diffexp.settings import AlignPropSettings
 from diffexp.toml import parse_override, shipped
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from diffexp import launch
 from diffexp.errors import UserError
+from diffexp.heartbeat import Heartbeat
 from diffexp.patience import VARIABLE, patience
 
 RANK = """
@@ -60,6 +62,27 @@ def run(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch.launch(2, [what, str(folder)])
+
+
+class SlowStore:
+    """A store that all ranks talk through, which takes half a second to answer."""
+
+    def clone(self) -> SlowStore:
+        return self
+
+    def add(self, key: str, amount: int) -> int:
+        time.sleep(0.5)
+        return 1
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+
+def test_no_thread_talks_to_the_store_when_the_watch_is_over() -> None:
+    """An interpreter that ends while one is in the store's C++ code would abort the process."""
+    heartbeat = Heartbeat(SlowStore(), 0, 2, patience=60)
+    heartbeat.leave()
+    assert not heartbeat.pulsing.is_alive()
 
 
 def test_a_slow_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,12 +32,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModel
 
-from diffexp.config import AlignPropSettings, DDPOSettings, Recipe
+from diffexp.config import Recipe
 from diffexp.models import lora
 from diffexp.models.base import Source, TextToImage
 from diffexp.models.loading import PRECISIONS
 from diffexp.models.sdxl import StableDiffusionXL
 from diffexp.models.stable_diffusion import StableDiffusion
+from diffexp.settings import AlignPropSettings, DDPOSettings
 from diffexp.text import TextEmbedding
 from diffexp.toml import shipped
 

@@ -11,7 +11,7 @@ from diffexp import models, own, prompts, rewards
 from diffexp.algorithms import DDPO, Algorithm, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.algorithms.advantages import PromptAdvantages
 from diffexp.algorithms.base import Scorer
-from diffexp.config import AlignPropSettings, DDPOSettings, OwnAlgorithmSettings, Recipe, ReFLSettings, RWRSettings
+from diffexp.config import Recipe
 from diffexp.devices import device
 from diffexp.errors import UserError
 from diffexp.evaluation import Evaluator
@@ -25,6 +25,7 @@ from diffexp.rewards import features
 from diffexp.rewards.base import Reward
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Sampler
+from diffexp.settings import AlignPropSettings, DDPOSettings, OwnAlgorithmSettings, ReFLSettings, RWRSettings
 
 
 def model(recipe: Recipe) -> TextToImage:

@@ -38,8 +38,10 @@ class Heartbeat:
         self.verdict, self.silence, self.unanswered = "", 0.0, 0.0
         self.begun = False
         self.over = Event()
-        for work in (self.guard, self.pulse):
-            Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
+        guarding = Thread(target=self.guard, name="heartbeat-guard", daemon=True)
+        self.pulsing = Thread(target=self.pulse, name="heartbeat-pulse", daemon=True)
+        guarding.start()
+        self.pulsing.start()
 
     def pulse(self) -> None:
         """Counts, and reads. Where the store is stopped this never returns, so that another thread has to judge."""
@@ -111,3 +113,5 @@ class Heartbeat:
             self.over.set()
             if error and not isinstance(error, Lost):
                 self.tell(f"process {self.rank} of {self.size} failed: {first_line(error)}")
+            # an interpreter that ends while a thread is in the store's C++ aborts the process
+            self.pulsing.join(2 * BEAT)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from diffexp import assembly, prompts, rewards
-from diffexp.config import AlignPropSettings, DDPOSettings, Recipe
+from diffexp.config import Recipe
 from diffexp.emoji import MODELS
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
@@ -23,6 +23,7 @@ from diffexp.rewards.base import score
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Batch
 from diffexp.runs import objects
+from diffexp.settings import AlignPropSettings, DDPOSettings
 
 TRIAL = 4
 """Images of a trial."""

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from diffexp.config import DDPOSettings, Recipe
+from diffexp.config import Recipe
 from diffexp.lora_header import CHECKSUM, COMMIT, ITERATIONS, QUERIES, RECIPE, REWARD, without_paths
 from diffexp.rewards.checksum import checksum, digest
+from diffexp.settings import DDPOSettings
 
 SHOWN = 1000
 """Prompts in a header, the most frequent ones: no reader takes headers of any length."""

@@ -1,4 +1,4 @@
-"""Writes ``docs/settings.md``, the page of every setting, from the types of ``diffexp.config``."""
+"""Writes ``docs/settings.md``, the page of every setting, from the types in ``diffexp.settings`` and ``.config``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = Path("docs/settings.md")
 INTRODUCTION = """\
 # Every setting
 
-<!-- written by `python -m tools.docs settings` from the types in src/diffexp/config.py; edit those -->
+<!-- written by `python -m tools.docs settings` from the types in src/diffexp/settings.py and config.py; edit those -->
 
 A recipe is a TOML file. What it leaves out has the default below, the paper's where the paper has one; a setting
 without a default is absent unless given. `--set section.key=value` on the command line, or
