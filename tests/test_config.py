@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.settings import AlignPropSettings
+from diffexp.foreign import OTHER_NAMES
+from diffexp.settings import AlgorithmSettings, AlignPropSettings
 from diffexp.toml import parse_override, shipped
 
 
@@ -52,6 +55,27 @@ def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     for name in shipped():
         resolved = Recipe.load(name, {"prompts": 'text:a "quoted" cät', "sampler.size": [64, 128]})
         assert Recipe.load(recipe(tmp_path, resolved.to_toml())) == resolved
+
+
+def test_settings_of_other_trainers_are_translated(tmp_path: Path) -> None:
+    assert complaint(tmp_path, "sample_num_steps = 20").endswith(
+        "unknown key 'sample_num_steps': here that is sampler.steps"
+    )
+
+
+@pytest.mark.parametrize(("theirs", "ours"), OTHER_NAMES.items())
+def test_translations_name_settings_that_there_are(theirs: str, ours: str) -> None:
+    schema = Recipe.model_json_schema()["properties"]
+    assert theirs not in schema
+    recipe = Recipe.load("emoji-ddpo").model_dump() | {"algorithm": of_any_algorithm()}
+    for name in re.findall(r"[a-z]+\.[a-z_]+|^[a-z]+", ours):
+        section, _, key = name.partition(".")
+        assert key in recipe[section] if key else section in recipe
+
+
+def of_any_algorithm() -> dict[str, object]:
+    """The settings of every algorithm together."""
+    return {key: None for kind in get_args(get_args(AlgorithmSettings)[0]) for key in get_args(kind)[0].model_fields}
 
 
 def test_overrides_reach_every_depth() -> None:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from diffexp.errors import closest, cut
+from diffexp.foreign import OTHER_NAMES
 
 MOST = 20
 """Mistakes that are told of one recipe."""
@@ -51,6 +52,8 @@ def explain(schema: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
         options = sections(schema, path[:-1])
         fitting = [option for option in options if set(tag(option)) & set(item["loc"])] or options
         known = sorted({name for option in fitting for name in option.model_fields})
+        if len(path) == 1 and path[0] in OTHER_NAMES:
+            return [f"unknown key {key!r}: here that is {OTHER_NAMES[key]}"]
         guess = closest(path[-1], known)
         hint = f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}"
         return [f"unknown key {cut(repr(key))}: {hint}"]
