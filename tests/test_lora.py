@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import disturb
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from plaindiffusers import cat_of_diffusers, our_cat
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 
 from diffexp import models
 from diffexp.errors import UserError
-from diffexp.exploration import ConstantGuidance
 from diffexp.lora_header import METADATA_KEY
 from diffexp.models import TextToImage, lora
 from diffexp.models.header import put_in_order
 from diffexp.records import to_images
-from diffexp.rollout import Batch, Sampler
 
 
 def with_lora(model: TextToImage, text_targets: Sequence[str] = ()) -> TextToImage:
@@ -57,35 +55,11 @@ def test_plain_diffusers_paints_the_same_image(
     folder = request.getfixturevalue(f"{kind}_folder")
     model = with_lora(models.load(str(folder)), lora.TEXT_ATTENTION)
     _, kohya = lora.save(model, tmp_path, "mine")
-    sampler = Sampler(model, model.schedule(4), model.latent_shape(), eta=0.0)
-    batch = Batch(["a cat"], model.encode(["a cat"]), ConstantGuidance(5.0), [(0,)])
-    path = sampler.rollout(batch, 1)
-
-    pipeline_class = StableDiffusionXLPipeline if kind == "xl" else StableDiffusionPipeline
-    pipeline = pipeline_class.from_pretrained(folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-
-    def paint() -> torch.Tensor:
-        return torch.from_numpy(
-            pipeline(
-                "a cat",
-                num_inference_steps=4,
-                guidance_scale=5.0,
-                latents=path.latents[0],
-                output_type="np",
-                **({"height": 16, "width": 16} if kind == "xl" else {}),
-            ).images
-        ).permute(0, 3, 1, 2)
-
-    without = paint()
-    if file == "folder":
-        pipeline.load_lora_weights(tmp_path)
-    else:
-        pipeline.load_lora_weights(kohya)
+    path = our_cat(model, steps=4)
     tolerance = 1e-5 if file == "folder" else 1e-3  # the kohya file is float16
-    torch.testing.assert_close(paint(), path.images, rtol=0, atol=tolerance)
-    assert (paint() - without).abs().max() > 10 * tolerance, "the adapter must matter"
+    painted = cat_of_diffusers(folder, path, tmp_path if file == "folder" else kohya)
+    torch.testing.assert_close(painted, path.images, rtol=0, atol=tolerance)
+    assert (painted - cat_of_diffusers(folder, path)).abs().max() > 10 * tolerance, "the adapter must matter"
 
 
 def test_kohya_keys_are_complete_and_carry_the_true_alpha(model: TextToImage, tmp_path: Path) -> None:

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import disturb
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from plaindiffusers import cat_of_diffusers, our_cat
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_real_layouts import metrics, recipe
 
 from diffexp import models
 from diffexp.errors import UserError
-from diffexp.exploration import ConstantGuidance
 from diffexp.lora_header import METADATA_KEY
 from diffexp.models import TextToImage, lora
-from diffexp.rollout import Batch, Sampler
 from diffexp.training import Training
 
 HALF = (1e-2, 2e-3)
@@ -130,22 +128,9 @@ def test_kohyas_own_names_for_sdxl(xl_folder: Path, tmp_path: Path) -> None:
     lora.load(mine, tmp_path / "kohya.safetensors")
     torch.testing.assert_close(predicted(mine), predicted(source), rtol=HALF[0], atol=HALF[1])
     # and diffusers reads that file as we do
-    sampler = Sampler(mine, mine.schedule(2), mine.latent_shape(), eta=0.0)
-    path = sampler.rollout(Batch(["a cat"], mine.encode(["a cat"]), ConstantGuidance(5.0), [(0,)]), 1)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(xl_folder, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.load_lora_weights(tmp_path / "kohya.safetensors")
-    painted = pipeline(
-        "a cat",
-        height=16,
-        width=16,
-        num_inference_steps=2,
-        guidance_scale=5.0,
-        latents=path.latents[0],
-        output_type="np",
-    )
-    torch.testing.assert_close(torch.from_numpy(painted.images).permute(0, 3, 1, 2), path.images, rtol=0, atol=1e-3)
+    path = our_cat(mine)
+    painted = cat_of_diffusers(xl_folder, path, tmp_path / "kohya.safetensors")
+    torch.testing.assert_close(painted, path.images, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

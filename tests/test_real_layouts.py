@@ -10,18 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from huggingface_hub import constants
+from plaindiffusers import cat_of_diffusers, our_cat
 from safetensors.torch import load_file, save_file
 from tiny import write_hub_cache, write_original
 
 from diffexp import models, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.exploration import ConstantGuidance
 from diffexp.models import hub, loading
 from diffexp.models.base import Source
-from diffexp.rollout import Batch, Sampler
 
 KINDS = ("sd15", "sd21", "sdxl")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -96,22 +94,9 @@ def test_training_from_a_folder(kind: str, folder: Path, algorithm: str, tmp_pat
 def test_sizes_other_than_square_are_diffusers(one: Path) -> None:
     """SDXL is told the size; its pipeline at 16 × 32 paints what our sampler does."""
     model = models.load(str(one))
-    sampler = Sampler(model, model.schedule(2), model.latent_shape((16, 32)), eta=0.0)
-    path = sampler.rollout(Batch(["a cat"], model.encode(["a cat"]), ConstantGuidance(5.0), [(0,)]), 1)
+    path = our_cat(model, size=(16, 32))
     assert path.images.shape == (1, 3, 16, 32)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(one, local_files_only=True)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    painted = pipeline(
-        "a cat",
-        height=16,
-        width=32,
-        num_inference_steps=2,
-        guidance_scale=5.0,
-        latents=path.latents[0],
-        output_type="np",
-    ).images
-    torch.testing.assert_close(torch.from_numpy(painted).permute(0, 3, 1, 2), path.images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cat_of_diffusers(one, path), path.images, rtol=0, atol=1e-5)
 
 
 def test_training_from_the_hubs_cache_without_a_network(kind: str, folder: Path, offline: Path, tmp_path: Path) -> None:

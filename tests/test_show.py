@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from brightness import brightness
+from commandline import recipe as tiny_recipe
 from safetensors.torch import save_file
 
 from diffexp import cli, lora_header, train
@@ -23,18 +24,9 @@ REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, sd_folder: Path) -> Path:
     """One iteration of a tiny run on a reward of diffexp's own."""
-    settings = {
-        "iterations": 1,
-        "samples": 2,
-        "prompts": "text:a cat",
-        "reward": "jpeg-compressibility",
-        "device": "cpu",
-        "trackers": [],
-        "model": {"path": str(sd_folder)},
+    settings = tiny_recipe(sd_folder) | {
         "lora": {"rank": 2, "alpha": 6},
-        "sampler": {"steps": 2},
         "exploration": {"guidance": {"threshold": 800}, "words": {}},
-        "evaluation": {"images": 1},
         "preview": {"images": 2},
     }
     return train(Recipe.parse(settings, "test"), tmp_path_factory.mktemp("runs") / "first")

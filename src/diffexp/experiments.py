@@ -135,7 +135,7 @@ def masking(title: str, baseline: str, *variants: str) -> Curves:
 
 # Those with the most seeds first: what a study that is cut short has is then worth most.
 FIGURES: dict[str, Figure] = {
-    "tuning": Tuning("Settings tried", "pickscore", DDPO + ALIGNPROP),
+    "tuning": Tuning("Settings tried", "pickscore", ALIGNPROP + DDPO),
     "4": Curves("Reward on training prompts", main_panels()),
     "6": Curves("Reward on unseen prompts", main_panels(unseen=True)),
     "7": Bars("A reward that was not trained on", main_panels(held_out=True)),

@@ -28,6 +28,7 @@ from diffexp.runfolder import finished
 from diffexp.runs import objects
 from diffexp.scales import SCALES, Scale
 from diffexp.study_report import table_text
+from diffexp.variants import TITLES
 
 TIMES = "times.jsonl"
 POLL = 0.5  # seconds between two looks at the running processes
@@ -192,7 +193,7 @@ class Plan:
     runs: Path
 
     def choice(self) -> Choice:
-        """What tuning chose, if all of its runs are finished; else nothing, and recipes stay as they are."""
+        """What tuning chose. Recipes of algorithms whose tuning is not finished stay as they are."""
         return tuning.choice(self.scale, self.runs)
 
     def states(self) -> list[State]:
@@ -234,8 +235,8 @@ def reproduce(
         times.try_out([state.job.recipe for state in states if not state.finished], workers)
     describe(plan.figures, states, times, workers, console)
     if plan.scale.candidates:
-        settings = "as tuned" if plan.choice() else "the recipes' own, until tuning is finished"
-        console.print(f"learning rate and inner epochs: {settings}", highlight=False, soft_wrap=True)
+        tuned = " and ".join(dict.fromkeys(TITLES[algorithm] for algorithm, _ in plan.choice()))
+        console.print(f"tuned so far: {tuned or 'nothing; recipes have their own settings until then'}", soft_wrap=True)
     if dry_run:
         return None
     tried = [name for name, figure in plan.figures.items() if isinstance(figure, Tuning)]

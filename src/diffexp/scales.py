@@ -47,8 +47,9 @@ class Task:
 class Scale:
     """A model to reproduce on: the recipe of each algorithm (its twin with exploration ends in -diffexp), the tasks.
 
-    ``budgets`` has, by algorithm, how long its runs are; ``candidates``, by algorithm, the settings that are tried for
-    it with and without exploration alike, by name; ``seeds`` has the figures with more than :data:`SEEDS` of them.
+    ``budgets`` has, by algorithm, how long its runs are, and how precise; ``candidates``, by algorithm, the settings
+    that are tried for it with and without exploration alike, by name; ``seeds`` has the figures with more than
+    :data:`SEEDS` of them.
     """
 
     name: str

@@ -7,6 +7,7 @@ figures: the one of the plain arm for baselines, the one of DiffExp for everythi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,14 +47,15 @@ def tried(figure: Tuning, scale: Scale, runs: Path) -> list[Trial]:
 
 
 def choice(scale: Scale, runs: Path) -> Choice:
-    """The settings that won, for each arm; nothing while any candidate has not been tried to its end."""
+    """The settings that won, for each arm of the algorithms whose candidates have all been tried to their end."""
     figure = FIGURES["tuning"]
     if not (scale.candidates and isinstance(figure, Tuning)):
         return {}
     found = tried(figure, scale, runs)
-    if len(found) < sum(len(scale.candidates[arm.algorithm]) for arm in figure.arms):
-        return {}
-    return {(arm.algorithm, VARIANTS[arm.variant].plain): winner(found, arm).settings for arm in figure.arms}
+    planned = Counter(arm.algorithm for arm in figure.arms for _ in scale.candidates[arm.algorithm])
+    done = Counter(trial.arm.algorithm for trial in found)
+    arms = [arm for arm in figure.arms if done[arm.algorithm] == planned[arm.algorithm]]
+    return {(arm.algorithm, VARIANTS[arm.variant].plain): winner(found, arm).settings for arm in arms}
 
 
 def winner(trials: list[Trial], arm: Arm) -> Trial:
