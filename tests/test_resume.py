@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,26 @@ def test_a_signal_ends_an_iteration_at_its_next_step(
     with pytest.raises(Interrupted, match="stopped after iteration 2 of 3"):
         training.run()
     assert len(calls) == 1
+    assert contents(train(settings, run)) == whole
+
+
+def test_a_signal_while_the_adapters_are_off_ends_the_run_as_any_other(
+    run: Path, settings: Recipe, whole: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The divergence from the untouched model is measured without them; what is saved has to have them."""
+    training = Training(settings, run)
+    base = training.model.base
+
+    @contextmanager
+    def signalling() -> Iterator[None]:
+        if not training.interruption.requested:
+            signal.raise_signal(signal.SIGTERM)
+        with base():
+            yield
+
+    monkeypatch.setattr(training.model, "base", signalling)
+    with pytest.raises(Interrupted, match="stopped after iteration 3 of 3"):
+        training.run()
     assert contents(train(settings, run)) == whole
 
 

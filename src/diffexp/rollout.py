@@ -115,6 +115,10 @@ class Sampler:
     ) -> Transition:
         """p(x_{t-1} | x_t, c) of step i, under guidance scale w; without ``learn`` no gradient reaches the network."""
         interruption.check()
+        return self.step(x_t, i, text, w, learn)
+
+    def step(self, x_t: Float[Tensor, "B C H W"], i: int, text: TextEmbedding, w: float, learn: bool) -> Transition:
+        """A ``transition`` that no signal can end: the run is not saved where its adapters are off."""
         t, outputs = self.schedule.timesteps[i], []
         with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
             for rows, count in self.calls(len(x_t)):
@@ -126,7 +130,7 @@ class Sampler:
     ) -> Transition:
         """What the untouched model would make of step i; without a gradient. Needs that an adapter is what learns."""
         with torch.no_grad(), self.model.base():
-            return self.transition(x_t, i, self.current(prompts, text), w)
+            return self.step(x_t, i, self.current(prompts, text), w, learn=False)
 
     def calls(self, count: int) -> Iterator[tuple[list[int], int]]:
         """The samples of each network call for ``count`` samples, and how many of them are not there to fill it up."""
