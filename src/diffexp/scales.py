@@ -110,8 +110,8 @@ SCALES = {
             ),
         },
         budgets={
-            "ddpo": {"iterations": 12, "evaluation.every": 3},
-            "alignprop": {"iterations": 16, "evaluation.every": 4},
+            "ddpo": {"iterations": 12, "evaluation.every": 3, "model.precision": "bf16"},
+            "alignprop": {"iterations": 16, "evaluation.every": 4, "model.precision": "bf16"},
         },
         candidates={
             "ddpo": {
