@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from diffexp import assembly, runfolder, study
+from diffexp import assembly, emoji, runfolder, study
 from diffexp import prompts as prompt_sets
 from diffexp.config import Recipe
 from diffexp.diversity import pairwise_diversity
@@ -105,7 +105,7 @@ class Painter(NamedTuple):
 
 
 def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
-    """The model of a run folder with its LoRA, or a bare model under the default recipe."""
+    """The model of a run folder with its LoRA, or a bare model under the default recipe; the emoji's takes 20 steps."""
     changes = dict(parse_override(text) for text in overrides or ())
     config = Path(target) / CONFIG
     if config.is_file():
@@ -114,7 +114,8 @@ def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
         model = assembly.model(recipe)
         assembly.load_trained(recipe, model, Path(target))
     else:
-        recipe = Recipe.parse({"model": {"path": target}}, target, changes)
+        steps = {"steps": emoji.STEPS} if target in emoji.MODELS else {}
+        recipe = Recipe.parse({"model": {"path": target}, "sampler": steps}, target, changes)
         model = assembly.model(recipe)
     return Painter(recipe, assembly.sampler(recipe, model))
 

@@ -13,6 +13,8 @@ from diffexp.errors import UserError, unknown
 
 MODELS = {"emoji": "model", "emoji-xl": "model-xl"}
 """The painters by the names that recipes know them by, and the folders that hold them."""
+STEPS = 20
+"""Denoising steps of the world's recipes, and of every figure in its model card."""
 PARTS = (*MODELS.values(), "alignment", "aesthetic", "judge")
 
 
