@@ -23,12 +23,12 @@ from diffexp.diversity import pairwise_diversity
 from diffexp.exploration import ConstantGuidance, Exploration, StepGuidance, WordWeighting
 from diffexp.markdown import replace_section
 from diffexp.randomness import generator
-from diffexp.records import JsonLines
 from diffexp.rewards.base import score
 from diffexp.rewards.features import encoder_of
 from diffexp.rollout import Batch, Sampler
-from diffexp.runs import objects
-from diffexp.statistics import Estimate, bootstrap_mean
+from diffexp.runs.reading import objects
+from diffexp.runs.records import JsonLines
+from diffexp.study.statistics import Estimate, bootstrap_mean
 
 GROUP = 4  # images of a prompt, as many as the recipe emoji-ddpo samples
 AT_ONCE = 4  # prompts

@@ -39,9 +39,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from tiny import write_pipeline
 
-from diffexp import card, durable
 from diffexp.config import Recipe
 from diffexp.errors import UserError
+from diffexp.runs import durable
+from diffexp.sharing import card
 from diffexp.training import Training
 
 ALGORITHMS: dict[str, dict[str, Any]] = {

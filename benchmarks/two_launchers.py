@@ -21,7 +21,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from diffexp.launch import port
+from diffexp.processes.launch import port
 
 SETTINGS = {
     "iterations": 2,

@@ -553,7 +553,7 @@ NO_SPACE = [
     ("explore emoji-ddpo --prompt cat --n 2 --out new", "PIL.Image.Image.save"),
     ("compare RUN --out new", "pathlib.Path.write_text"),
     ("train emoji-ddpo --out new", "pathlib.Path.mkdir"),
-    ("train emoji-ddpo --out new", "diffexp.records.JsonLines.append"),
+    ("train emoji-ddpo --out new", "diffexp.runs.records.JsonLines.append"),
     ("recipes copy demo", "pathlib.Path.open"),
 ]
 

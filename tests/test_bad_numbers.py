@@ -16,7 +16,6 @@ from test_memory import Warned
 from test_training import recipe
 from torch import Tensor
 
-from diffexp import checkpoint
 from diffexp.algorithms import DDPO, Algorithm, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
@@ -25,6 +24,7 @@ from diffexp.memory import MicroBatch
 from diffexp.rewards.base import score, score_or_nan
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch, Sampler
+from diffexp.runs import checkpoint
 from diffexp.samples import Fault, Samples
 from diffexp.training import Training
 

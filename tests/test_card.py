@@ -9,10 +9,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffexp import card
 from diffexp.config import Recipe
 from diffexp.models.base import Source
-from diffexp.records import save_images
+from diffexp.runs.records import save_images
+from diffexp.sharing import card
 
 PROMPTS = ['a "quoted" cat: 3', "a bike", "a dog", "an ant", "a bee", "a cow"]
 

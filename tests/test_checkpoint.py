@@ -15,9 +15,9 @@ import pytest
 import torch
 from faultydisk import Camera, Disk, refusing
 
-from diffexp import checkpoint, durable
-from diffexp.checkpoint import Checkpoint, NotSaved
 from diffexp.errors import UserError
+from diffexp.runs import checkpoint, durable
+from diffexp.runs.checkpoint import Checkpoint, NotSaved
 
 
 def state(iteration: int) -> Checkpoint:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from diffexp import console
 from diffexp.config import Recipe
-from diffexp.console import JsonReporter, LiveReporter, PlainReporter, QuietReporter
-from diffexp.panel import Panel
-from diffexp.progress import Progress, duration
-from diffexp.reporter import Reporter
+from diffexp.terminal import console
+from diffexp.terminal.console import JsonReporter, LiveReporter, PlainReporter, QuietReporter
+from diffexp.terminal.panel import Panel
+from diffexp.terminal.progress import Progress, duration
+from diffexp.terminal.reporter import Reporter
 
 RECIPE = Recipe.load("emoji-alignprop-diffexp", {"iterations": 10, "samples": 64})
 SEEN, UNSEEN = "animal-activities", "animal-activities-unseen"

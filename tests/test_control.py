@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from test_training import contents, recipe
 
-from diffexp import checkpoint, control, train
+from diffexp import control, train
 from diffexp.errors import UserError
-from diffexp.interruption import Interrupted
-from diffexp.reporter import Reporter
+from diffexp.processes.interruption import Interrupted
+from diffexp.runs import checkpoint
+from diffexp.terminal.reporter import Reporter
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ class Warnings(Reporter):
     [
         ("diffexp.preview.grid", OSError(28, "No space left on device")),
         ("diffexp.preview.to_images", RuntimeError("broken")),
-        ("diffexp.card.draw_curve", OSError("cannot open font resource")),
+        ("diffexp.sharing.card.draw_curve", OSError("cannot open font resource")),
     ],
 )
 def test_a_failing_preview_never_stops_a_run(

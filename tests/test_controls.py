@@ -9,12 +9,12 @@ from test_ddpo import ddpo
 from test_rollout import batch
 
 from diffexp.algorithms import AlignProp
-from diffexp.controls import rollout_only, update_only
 from diffexp.errors import UserError
 from diffexp.exploration import Exploration, StepGuidance, WordWeighting
 from diffexp.learner import Learner
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Sampler
+from diffexp.study.controls import rollout_only, update_only
 
 pytestmark = pytest.mark.parametrize("model", ["sd"], indirect=True)
 SCHEDULED = (1.0, *[5.0] * 9)  # of ten steps, 901 alone is above 900

@@ -7,9 +7,9 @@ import pytest
 
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.experiments import FIGURES, OURS, Arm, Grid, chosen, job, jobs, wanted
 from diffexp.prompts import load
-from diffexp.scales import SCALES
+from diffexp.study.experiments import FIGURES, OURS, Arm, Grid, chosen, job, jobs, wanted
+from diffexp.study.scales import SCALES
 from diffexp.toml import shipped
 
 PAPER = [
@@ -111,7 +111,7 @@ def test_controls_and_masking_change_one_thing(runs: dict[str, dict[str, Recipe]
     for name in ("rollout-only", "update-only"):
         control = runs["emoji"][f"pickscore-ddpo-{name}-s0"].exploration
         assert (control.guidance, control.words) == (None, None)
-        assert control.strategy == f"diffexp.controls:{name.replace('-', '_')}"
+        assert control.strategy == f"diffexp.study.controls:{name.replace('-', '_')}"
     for name, base in (("ddpo-masked", "ddpo"), ("ddpo-masked-diffexp", "ddpo-diffexp")):
         masked = runs["emoji"][f"pickscore-{name}-s0"]
         assert masked.algorithm.timestep_weights == "masked"

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from diffexp import archive, claims, tuning
-from diffexp.claims import Verdict
 from diffexp.errors import UserError
-from diffexp.experiments import FIGURES, Tuning, jobs
 from diffexp.markdown import replace_section
-from diffexp.reproduce import reproduce
-from diffexp.scales import SCALES
-from diffexp.statistics import Estimate, Ratio
+from diffexp.study import archive, claims, tuning
+from diffexp.study.claims import Verdict
+from diffexp.study.experiments import FIGURES, Tuning, jobs
+from diffexp.study.reproduce import reproduce
+from diffexp.study.scales import SCALES
+from diffexp.study.statistics import Estimate, Ratio
 
 EMOJI = SCALES["emoji"]
 

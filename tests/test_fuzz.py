@@ -19,10 +19,10 @@ from diffexp import models, prompts, rewards
 from diffexp.config import Recipe
 from diffexp.errors import UserError, printable
 from diffexp.exploration import WordWeighting
-from diffexp.lora_header import LoraHeader, like
 from diffexp.models import TextToImage
 from diffexp.prompts.files import UNCLEAN
 from diffexp.randomness import generator
+from diffexp.sharing.lora_header import LoraHeader, like
 from diffexp.toml import loads, parse_override
 
 # always the same examples: what fails here must fail everywhere

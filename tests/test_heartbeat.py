@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from diffexp import launch
 from diffexp.errors import UserError
-from diffexp.heartbeat import Heartbeat
-from diffexp.patience import VARIABLE, patience
+from diffexp.processes import launch
+from diffexp.processes.heartbeat import Heartbeat
+from diffexp.processes.patience import VARIABLE, patience
 
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
 from diffexp.errors import Lost
-from diffexp.parallel import join
+from diffexp.processes.parallel import join
 
 what, folder = sys.argv[1], Path(sys.argv[2])
 rendezvous = torch.distributed.rendezvous

@@ -19,11 +19,12 @@ from hostile import LYING, MODELS, code, eps, pickled, png, zipped
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from diffexp import checkpoint, models
+from diffexp import models
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.rewards import sources, weights
-from diffexp.runfolder import prepare
+from diffexp.runs import checkpoint
+from diffexp.runs.runfolder import prepare
 from diffexp.training import Training
 
 LORA = "lora/pytorch_lora_weights.safetensors"

@@ -10,14 +10,14 @@ from test_training import recipe
 
 from diffexp import models, train
 from diffexp.diversity import mean_diversity, pairwise_diversity
-from diffexp.environment import describe as describe_environment
-from diffexp.environment import peak_memory
 from diffexp.exploration import ConstantGuidance, Exploration, StepGuidance, WordChoice, WordWeighting
-from diffexp.ledger import describe, guidance_changes, word_columns
 from diffexp.models import TextToImage
 from diffexp.preview import Preview
 from diffexp.rewards.features import choose, thumbnails
 from diffexp.rollout import Batch, Sampler
+from diffexp.runs.environment import describe as describe_environment
+from diffexp.runs.environment import peak_memory
+from diffexp.runs.ledger import describe, guidance_changes, word_columns
 
 
 def test_guidance_is_kept_as_its_changes() -> None:

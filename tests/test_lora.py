@@ -15,10 +15,10 @@ from safetensors.torch import load, load_file, save, save_file
 
 from diffexp import models
 from diffexp.errors import UserError
-from diffexp.lora_header import METADATA_KEY
 from diffexp.models import TextToImage, lora
 from diffexp.models.header import put_in_order
-from diffexp.records import to_images
+from diffexp.runs.records import to_images
+from diffexp.sharing.lora_header import METADATA_KEY
 
 
 def with_lora(model: TextToImage, text_targets: Sequence[str] = ()) -> TextToImage:

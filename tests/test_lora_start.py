@@ -16,8 +16,8 @@ from test_real_layouts import metrics, recipe
 
 from diffexp import models
 from diffexp.errors import UserError
-from diffexp.lora_header import METADATA_KEY
 from diffexp.models import TextToImage, lora
+from diffexp.sharing.lora_header import METADATA_KEY
 from diffexp.training import Training
 
 HALF = (1e-2, 2e-3)

@@ -14,8 +14,8 @@ from torch import nn
 from diffexp.errors import UserError
 from diffexp.learner import Learner, Share
 from diffexp.memory import MicroBatch, agree
-from diffexp.parallel import ALONE
-from diffexp.reporter import Reporter
+from diffexp.processes.parallel import ALONE
+from diffexp.terminal.reporter import Reporter
 from diffexp.training import Training
 
 NO_MEMORY = [

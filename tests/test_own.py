@@ -16,10 +16,10 @@ from diffexp.algorithms import DDPO
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance, Exploration
 from diffexp.learner import Learner
-from diffexp.lora_header import RECIPE, like
 from diffexp.models import lora
 from diffexp.rollout import Batch, Sampler
-from diffexp.runs import Run
+from diffexp.runs.reading import Run
+from diffexp.sharing.lora_header import RECIPE, like
 from diffexp.training import Training
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

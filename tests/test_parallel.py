@@ -16,7 +16,7 @@ from test_training import ALGORITHMS, recipe
 
 from diffexp import train
 from diffexp.config import Recipe
-from diffexp.parallel import Ranks
+from diffexp.processes.parallel import Ranks
 
 LOOSE = ("loss", "grad_norm", "ratio_deviation", "approx_kl", "reward_std")
 

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from diffexp.errors import UserError
-from diffexp.push import push
+from diffexp.sharing.push import push
 
 
 class Hub:

@@ -24,16 +24,17 @@ from brightness import brightness
 from rewardserver import BRIGHTNESS, TOKEN, place, process, serving
 from test_training import contents, recipe
 
-from diffexp import checkpoint, cli, rewards, train
+from diffexp import cli, rewards, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.interruption import Interrupted
-from diffexp.reporter import Reporter
+from diffexp.processes.interruption import Interrupted
 from diffexp.rewards import address, base, client, spec
 from diffexp.rewards.custom import CustomReward
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rewards.remote import RemoteReward
 from diffexp.rewards.service import Limits
+from diffexp.runs import checkpoint
+from diffexp.terminal.reporter import Reporter
 from diffexp.training import Training
 
 BRIGHT = CustomReward("bright", brightness)
@@ -509,7 +510,7 @@ def test_when_patience_ends_the_run_is_saved_and_goes_on_later(
         whole = contents(train(settings, tmp_path / "whole"))
         (tmp_path / "r.toml").write_text(settings.to_toml())
         monkeypatch.setattr(sys, "argv", ["diffexp", "train", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run")])
-        monkeypatch.setattr("diffexp.console.reporter", lambda *_: Kill(server, after=3))
+        monkeypatch.setattr("diffexp.terminal.console.reporter", lambda *_: Kill(server, after=3))
         with pytest.raises(SystemExit) as left:
             cli.main()
     assert left.value.code == 2

@@ -25,7 +25,7 @@ from diffexp.errors import UserError
 from diffexp.report import Material, charts, curves, facts, film, render, words, write
 from diffexp.report.page import embedded
 from diffexp.report.watch import Server, serve
-from diffexp.runs import Measure
+from diffexp.runs.reading import Measure
 
 SEEN, GOAL, JUDGE = "animal-activities", "emoji-alignment", "emoji-judge"
 

@@ -11,15 +11,15 @@ from brightness import brightness
 from PIL import Image
 from rich.console import Console
 
-from diffexp import pace
-from diffexp import reproduce as reproduction
 from diffexp.config import Recipe
-from diffexp.drawing import Drawing
 from diffexp.errors import UserError
-from diffexp.experiments import Bars, Panel, arms, jobs
-from diffexp.pace import Spent, Times, Work
-from diffexp.reproduce import State, Trainer, painted, reproduce
-from diffexp.scales import SCALES
+from diffexp.study import pace
+from diffexp.study import reproduce as reproduction
+from diffexp.study.drawing import Drawing
+from diffexp.study.experiments import Bars, Panel, arms, jobs
+from diffexp.study.pace import Spent, Times, Work
+from diffexp.study.reproduce import State, Trainer, painted, reproduce
+from diffexp.study.scales import SCALES
 from diffexp.training import train
 
 REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"

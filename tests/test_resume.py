@@ -20,14 +20,16 @@ from test_cli import run as command_line
 from test_parallel import lines
 from test_training import Stop, contents, recipe
 
-from diffexp import card, checkpoint, durable, provenance, train
-from diffexp.checkpoint import NotSaved
+from diffexp import train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.interruption import Interrupted
-from diffexp.records import CONFIG, EVALUATIONS, EXPLORATION, METRICS, RECORDS
-from diffexp.reporter import Reporter
-from diffexp.runfolder import finished
+from diffexp.processes.interruption import Interrupted
+from diffexp.runs import checkpoint, durable, provenance
+from diffexp.runs.checkpoint import NotSaved
+from diffexp.runs.records import CONFIG, EVALUATIONS, EXPLORATION, METRICS, RECORDS
+from diffexp.runs.runfolder import finished
+from diffexp.sharing import card
+from diffexp.terminal.reporter import Reporter
 from diffexp.training import Training
 
 Command = Callable[..., tuple[int, str, str]]
@@ -274,7 +276,7 @@ def test_an_error_is_not_hidden_by_a_disk_that_is_full(
 
 def ranks(count: int, work: Callable[[], None]) -> None:
     """Does something in several processes that know of each other."""
-    from diffexp.launch import port
+    from diffexp.processes.launch import port
 
     place = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
     children = []

@@ -12,11 +12,12 @@ from brightness import brightness
 from commandline import recipe as tiny_recipe
 from safetensors.torch import save_file
 
-from diffexp import cli, lora_header, train
+from diffexp import cli, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.lora_header import LoraHeader, like, without_paths
 from diffexp.rewards.checksum import checksum, digest
+from diffexp.sharing import lora_header
+from diffexp.sharing.lora_header import LoraHeader, like, without_paths
 
 REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
 

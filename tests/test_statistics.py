@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diffexp import statistics
-from diffexp.statistics import Reach
+from diffexp.study import statistics
+from diffexp.study.statistics import Reach
 
 
 def test_smoothing_by_hand():

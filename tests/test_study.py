@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffexp import study, study_report
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.runs import Measure, Run
+from diffexp.runs.reading import Measure, Run
+from diffexp.study import comparison as sides
+from diffexp.study import comparison_report
 
 GUIDANCE = "[exploration.guidance]\nlow = 1.0\nthreshold = 900\n"
 WORDS = "[exploration.words]\nlow = 1.0\nhigh = 1.2\n"
@@ -52,8 +53,8 @@ def write_run(
     return path
 
 
-def analyse(*paths: Path) -> study.Comparison:
-    return study.analyse([Run.read(path) for path in paths])
+def analyse(*paths: Path) -> sides.Comparison:
+    return sides.analyse([Run.read(path) for path in paths])
 
 
 def add_samples(run: Path, iteration: int, colours: list[str], prompts: bool = True) -> None:
@@ -83,7 +84,7 @@ def test_compare_end_to_end(runs: list[Path], tmp_path: Path):
         add_samples(run, 2, ["black", "black"])
         add_samples(run, 10, [colour, colour])
     out = tmp_path / "out"
-    comparison = study.compare(runs, out)
+    comparison = sides.compare(runs, out)
     assert {file.name for file in out.iterdir()} == {file.name for file in comparison.files}
     assert {file.name for file in comparison.files} == {
         *("comparison.json", "comparison.md", "curves.png", "curves.svg", "grid.png"),
@@ -118,7 +119,7 @@ def test_compare_end_to_end(runs: list[Path], tmp_path: Path):
 
 
 def test_the_files_say_what_was_found(runs: list[Path], tmp_path: Path):
-    comparison = study.compare(runs, tmp_path / "out")
+    comparison = sides.compare(runs, tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert numbers["objective"] == {"prompts": "animals", "reward": "emoji-alignment"}
     explored = numbers["arms"][1]
@@ -141,16 +142,16 @@ def test_the_files_say_what_was_found(runs: list[Path], tmp_path: Path):
 
 def test_a_comparison_can_be_made_again(tmp_path: Path):
     runs = [write_run(tmp_path / "plain"), write_run(tmp_path / "explored", 2.0, exploration=WORDS)]
-    study.compare(runs, tmp_path / "out")
+    sides.compare(runs, tmp_path / "out")
     first = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.suffix != ".png"}
-    study.compare(runs, tmp_path / "out")
+    sides.compare(runs, tmp_path / "out")
     assert first == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.suffix != ".png"}
 
 
 def test_a_slower_method_is_censored(tmp_path: Path):
     plain = write_run(tmp_path / "plain", 2.0)
     slow = write_run(tmp_path / "slow", 1.0, exploration=WORDS)
-    comparison = study.compare([plain, slow], tmp_path / "out")
+    comparison = sides.compare([plain, slow], tmp_path / "out")
     result = comparison.results[1]
     # The baseline reaches 1 + 1.9 after 950 queries; the slow one is at 2 when it ends, after 1,000.
     level = result.levels[-1]
@@ -190,11 +191,11 @@ def test_a_baseline_that_gains_nothing_sets_no_level(tmp_path: Path):
     comparison = analyse(plain, other)
     assert [result.levels for result in comparison.results] == [[], []]
     assert any("gained nothing" in note for note in comparison.notes)
-    assert "| – | – |" in study_report.markdown(comparison, has_grid=False)
+    assert "| – | – |" in comparison_report.markdown(comparison, has_grid=False)
 
 
 def test_one_evaluation_only(tmp_path: Path):
-    comparison = study.compare([write_run(tmp_path / "run", evaluations=1)], tmp_path / "out")
+    comparison = sides.compare([write_run(tmp_path / "run", evaluations=1)], tmp_path / "out")
     assert comparison.results[0].final[OBJECTIVE] == (1.0, None, None)
     assert comparison.results[0].levels == []
 
@@ -215,7 +216,7 @@ def test_arms_their_labels_and_baselines(tmp_path: Path):
         "e": {"algorithm": "alignprop", "exploration": WORDS + GUIDANCE},
         "f": {"exploration": GUIDANCE.replace("1.0", "0.0") + WORDS},
     }
-    arms = study.arms_of([Run.read(write_run(tmp_path / name, **settings)) for name, settings in recipes.items()])
+    arms = sides.arms_of([Run.read(write_run(tmp_path / name, **settings)) for name, settings in recipes.items()])
     assert [arm.label for arm in arms] == [
         "DDPO + DiffExp (exploration.guidance.low=1.0)",
         "DDPO",
@@ -224,7 +225,7 @@ def test_arms_their_labels_and_baselines(tmp_path: Path):
         "AlignProp + DiffExp",
         "DDPO + DiffExp (exploration.guidance.low=0.0)",
     ]
-    baselines = [study.baseline_of(arm, arms) for arm in arms]
+    baselines = [sides.baseline_of(arm, arms) for arm in arms]
     assert [baseline.first.name for baseline in baselines] == ["b", "b", "b", "b", "a", "b"]
 
 
@@ -243,7 +244,7 @@ def test_recipes_as_training_writes_them(tmp_path: Path):
         (path / "evaluations.jsonl").write_text(rows)
         runs.append(Run.read(path))
     assert {run.objective for run in runs} == {Measure("animal-activities", "emoji-alignment")}
-    arms = study.arms_of(runs)
+    arms = sides.arms_of(runs)
     assert [arm.label for arm in arms] == ["DDPO", "DDPO + DiffExp", "AlignProp + DiffExp"]
     assert list(arms[0].runs) == [0, 1]
 
@@ -253,7 +254,7 @@ def test_exploration_until_zero_is_none(tmp_path: Path):
     assert Run.read(run).label == "DDPO + word weighting"
     (run / "config.toml").write_text((run / "config.toml").read_text().replace("until = 0.75", "until = 0.0"))
     assert Run.read(run).label == "DDPO"
-    assert [list(arm.runs) for arm in study.arms_of([Run.read(run), Run.read(write_run(tmp_path / "b", seed=1))])] == [
+    assert [list(arm.runs) for arm in sides.arms_of([Run.read(run), Run.read(write_run(tmp_path / "b", seed=1))])] == [
         [0, 1]
     ]
 
@@ -264,7 +265,7 @@ def test_what_does_not_change_training_does_not_part_arms(tmp_path: Path):
         tmp_path / "b", seed=1, settings="[rollout]\nbatch = 8\nimages_per_prompt = 2\n[evaluation]\nevery = 5"
     )
     c = write_run(tmp_path / "c", seed=1, settings="[rollout]\nbatch = 8\nimages_per_prompt = 1")
-    assert [list(arm.runs) for arm in study.arms_of([Run.read(b), Run.read(a), Run.read(c)])] == [[0, 1], [1]]
+    assert [list(arm.runs) for arm in sides.arms_of([Run.read(b), Run.read(a), Run.read(c)])] == [[0, 1], [1]]
 
 
 def test_a_resumed_run_counts_each_iteration_once(tmp_path: Path):
@@ -309,7 +310,7 @@ def test_a_folder_that_is_no_good_run(tmp_path: Path, damage, message: str):
     run = write_run(tmp_path / "run")
     damage(run)
     with pytest.raises(UserError) as caught:
-        study.compare([run], tmp_path / "out")
+        sides.compare([run], tmp_path / "out")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -328,7 +329,7 @@ def test_mistakes_of_the_call(tmp_path: Path):
         ([run], "runs/a/config.toml", "is a file"),
     ]:
         with pytest.raises(UserError, match=message):
-            study.compare(paths, tmp_path / out)
+            sides.compare(paths, tmp_path / out)
 
 
 def test_samples_of_another_count_are_left_out(tmp_path: Path):
@@ -336,6 +337,6 @@ def test_samples_of_another_count_are_left_out(tmp_path: Path):
     add_samples(paths[0], 0, ["white", "gray"], prompts=False)
     add_samples(paths[0], 3, ["red", "red"], prompts=False)
     add_samples(paths[1], 0, ["white"])
-    study.compare(paths, tmp_path / "out")
+    sides.compare(paths, tmp_path / "out")
     with Image.open(tmp_path / "out" / "grid.png") as grid:
         assert 2 * 133 < grid.height < 3 * 133

@@ -23,9 +23,9 @@ from diffexp.algorithms.advantages import batch_advantages
 from diffexp.errors import UserError
 from diffexp.exploration import weighted
 from diffexp.learner import Learner
-from diffexp.lora_header import METADATA_KEY, LoraHeader
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Sampler
+from diffexp.sharing.lora_header import METADATA_KEY, LoraHeader
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffexp import checkpoint, train
+from diffexp import train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.interruption import Interrupted
-from diffexp.reporter import Reporter
+from diffexp.processes.interruption import Interrupted
+from diffexp.runs import checkpoint
+from diffexp.terminal.reporter import Reporter
 from diffexp.training import Training
 
 ALGORITHMS = {"ddpo": {"name": "ddpo"}, "alignprop": {"name": "alignprop", "last_steps": 2}}

@@ -16,8 +16,8 @@ from diffexp import assembly, models, train
 from diffexp.commands import open_painter
 from diffexp.config import Recipe
 from diffexp.errors import UserError
-from diffexp.lora_header import LoraHeader, like
 from diffexp.models import full
+from diffexp.sharing.lora_header import LoraHeader, like
 
 WHOLE = {"model.train": "unet", "optimizer.learning_rate": 1e-3}
 

@@ -17,15 +17,15 @@ from diffexp.errors import UserError
 from diffexp.evaluation import Evaluator
 from diffexp.exploration import Exploration, StepGuidance, WordWeighting
 from diffexp.learner import Learner
-from diffexp.lora_header import DIFFUSERS_FILE
 from diffexp.memory import MicroBatch
 from diffexp.models import TextToImage, full, lora
-from diffexp.parallel import ALONE, Ranks
+from diffexp.processes.parallel import ALONE, Ranks
 from diffexp.rewards import features
 from diffexp.rewards.base import Reward
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Sampler
 from diffexp.settings import AlignPropSettings, DDPOSettings, OwnAlgorithmSettings, ReFLSettings, RWRSettings
+from diffexp.sharing.lora_header import DIFFUSERS_FILE
 
 
 def model(recipe: Recipe) -> TextToImage:

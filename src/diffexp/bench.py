@@ -21,13 +21,13 @@ from diffexp.algorithms import DDPO, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.config import Recipe
 from diffexp.devices import device
 from diffexp.emoji import MODELS
-from diffexp.environment import GIB, device_name, peak_memory
 from diffexp.errors import UserError
 from diffexp.models import TextToImage
 from diffexp.models.blank import ARCHITECTURES, blank, text, vision_tower
 from diffexp.rewards.address import is_remote
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Sampler
+from diffexp.runs.environment import GIB, device_name, peak_memory
 from diffexp.text import TextEmbedding
 from diffexp.training import KL_IMAGES
 

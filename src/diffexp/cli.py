@@ -252,7 +252,7 @@ def reproduce(
     """
     from rich.console import Console
 
-    from diffexp.reproduce import reproduce
+    from diffexp.study.reproduce import reproduce
     from diffexp.toml import parse_override
 
     settings = dict(parse_override(text) for text in overrides or ())
@@ -269,7 +269,7 @@ def show(
 
     Example: diffexp show runs/first/lora/pytorch_lora_weights.safetensors
     """
-    from diffexp.lora_header import LoraHeader
+    from diffexp.sharing.lora_header import LoraHeader
 
     header = LoraHeader.read(file)
     typer.echo(header.to_json() if as_json else header.describe())
@@ -316,7 +316,7 @@ def push(
 
     Example: diffexp push runs/first --to me/pretty-dolphins --private
     """
-    from diffexp.push import push
+    from diffexp.sharing.push import push
 
     typer.echo(push(run, to, private))
 

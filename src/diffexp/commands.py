@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from diffexp import assembly, emoji, runfolder, study
+from diffexp import assembly, emoji
 from diffexp import prompts as prompt_sets
 from diffexp.config import Recipe
 from diffexp.diversity import pairwise_diversity
@@ -24,16 +24,18 @@ from diffexp.errors import UserError, printable, writing
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
-from diffexp.lora_header import LoraHeader
-from diffexp.lora_header import like as recipe_like
 from diffexp.prompts.files import clean
-from diffexp.records import CONFIG, grid, save_images, to_images
 from diffexp.report import FILE
 from diffexp.report import write as write_report
 from diffexp.rewards.base import score
 from diffexp.rewards.features import encoder_of, thumbnails
 from diffexp.rewards.spec import check_name
 from diffexp.rollout import Batch, Sampler
+from diffexp.runs import runfolder
+from diffexp.runs.records import CONFIG, grid, save_images, to_images
+from diffexp.sharing.lora_header import LoraHeader
+from diffexp.sharing.lora_header import like as recipe_like
+from diffexp.study.comparison import compare as compare_runs
 from diffexp.toml import parse_override, read_toml
 
 console = Console(soft_wrap=True)
@@ -66,10 +68,10 @@ def recipe_to_train(name: str | None, like: Path | None, overrides: Sequence[str
 def begin(recipe: Recipe, folder: Path, arguments: list[str], processes: int, quiet: bool, as_json: bool) -> None:
     """Trains in this process, or as ``diffexp ARGUMENTS`` in several."""
     if processes > 1:
-        from diffexp.launch import launch
+        from diffexp.processes.launch import launch
 
         return launch(processes, [*arguments, *["--quiet"] * quiet, *["--json"] * as_json])
-    from diffexp.console import reporter
+    from diffexp.terminal.console import reporter
     from diffexp.training import train
 
     told = reporter(quiet, as_json)
@@ -258,7 +260,7 @@ def features(reward: object, images: torch.Tensor) -> torch.Tensor:
 def compare(runs: Sequence[Path], out: Path) -> None:
     """Statistics and figures over several runs."""
     with writing("--out", out):
-        console.print(study.compare(runs, out).table())
+        console.print(compare_runs(runs, out).table())
         write_report(runs, out / FILE)
     say(f"curves, grids, numbers and {FILE} in {out}")
 

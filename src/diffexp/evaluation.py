@@ -11,7 +11,7 @@ import torch
 from diffexp.diversity import mean_diversity
 from diffexp.exploration import ConstantGuidance
 from diffexp.memory import MicroBatch
-from diffexp.parallel import ALONE, Ranks
+from diffexp.processes.parallel import ALONE, Ranks
 from diffexp.rewards.base import Reward, score_or_nan
 from diffexp.rewards.features import Encoder
 from diffexp.rollout import Batch, Sampler

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffexp.errors import UserError
 from diffexp.memory import MicroBatch
-from diffexp.parallel import ALONE, Ranks
+from diffexp.processes.parallel import ALONE, Ranks
 from diffexp.samples import Fault, Samples, faults
 
 Figures = dict[str, float]

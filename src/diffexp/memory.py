@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from diffexp.errors import UserError
-from diffexp.parallel import Ranks
+from diffexp.processes.parallel import Ranks
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffexp.exploration import ConstantGuidance
 from diffexp.memory import MicroBatch
-from diffexp.parallel import ALONE, Ranks
-from diffexp.records import PROMPTS, SETS, grid, save_images, to_images
+from diffexp.processes.parallel import ALONE, Ranks
 from diffexp.rollout import Batch, Sampler
+from diffexp.runs.records import PROMPTS, SETS, grid, save_images, to_images
 from diffexp.text import TextEmbedding, concatenate
 
 

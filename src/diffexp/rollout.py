@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from diffexp import interruption
 from diffexp.diffusion import NoiseSchedule, Transition, ddim
 from diffexp.errors import UserError
 from diffexp.exploration import Exploration, GuidanceSchedule, weighted
 from diffexp.models.base import LatentShape, TextToImage
+from diffexp.processes import interruption
 from diffexp.randomness import generator, randn
 from diffexp.text import TextEmbedding, concatenate
 

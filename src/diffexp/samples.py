@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffexp.errors import UserError
-from diffexp.parallel import ALONE, Ranks
+from diffexp.processes.parallel import ALONE, Ranks
 
 REMEDIES = {
     "latent": "the denoising network overflowed, or the LoRA has diverged; take model.precision = 'bf16' or 'fp32', or "

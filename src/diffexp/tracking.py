@@ -12,7 +12,7 @@ from typing import Any
 
 from diffexp.config import Recipe
 from diffexp.errors import UserError, one_line
-from diffexp.lora_header import without_paths
+from diffexp.sharing.lora_header import without_paths
 
 PROJECT = "diffexp"
 RUN_NAME = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}

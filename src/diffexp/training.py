@@ -13,31 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffexp import assembly, card, control, durable, prompts, report, rewards
+from diffexp import assembly, control, prompts, report, rewards
 from diffexp.config import Recipe
-from diffexp.environment import describe as describe_environment
-from diffexp.environment import peak_memory
 from diffexp.errors import UserError
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance
-from diffexp.interruption import Interrupted, Interruption
-from diffexp.keeper import Keeper, State
-from diffexp.ledger import describe as describe_exploration
 from diffexp.memory import agree
-from diffexp.parallel import join
 from diffexp.preview import Preview
-from diffexp.provenance import changes, made_with
+from diffexp.processes.interruption import Interrupted, Interruption
+from diffexp.processes.parallel import join
 from diffexp.randomness import generator
-from diffexp.records import CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS
-from diffexp.reporter import Reporter
 from diffexp.rewards.base import score_or_nan
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
-from diffexp.run_header import made_by
-from diffexp.runfolder import claimed
+from diffexp.runs import durable
+from diffexp.runs.environment import describe as describe_environment
+from diffexp.runs.environment import peak_memory
+from diffexp.runs.keeper import Keeper, State
+from diffexp.runs.ledger import describe as describe_exploration
+from diffexp.runs.provenance import changes, made_with
+from diffexp.runs.records import CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS
+from diffexp.runs.runfolder import claimed
 from diffexp.samples import describe as describe_dropped
 from diffexp.samples import summary
+from diffexp.sharing import card
+from diffexp.sharing.run_header import made_by
 from diffexp.stopping import EarlyStopping
+from diffexp.terminal.reporter import Reporter
 from diffexp.tracking import Trackers, trackers_of
 
 KL_IMAGES = 8  # of each set, on which the KL divergence to the untouched model is measured

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffexp.errors import UserError
-from diffexp.lora_header import UNET_FILE
 from diffexp.models.base import TextToImage
 from diffexp.models.header import put_in_order
+from diffexp.sharing.lora_header import UNET_FILE
 from diffexp.version import __version__
 
 

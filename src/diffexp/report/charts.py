@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffexp.statistics import mean_curve
-from diffexp.study import Arm
+from diffexp.study.comparison import Arm
+from diffexp.study.statistics import mean_curve
 
 ROWS = 24
 """The most rows of a chart's table; more are thinned out evenly."""

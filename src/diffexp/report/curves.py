@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diffexp.lora_header import without_paths
 from diffexp.report.charts import Chart, Line, Values, colour, dash, joined, over_seeds
 from diffexp.report.sources import Material, Source
-from diffexp.runs import Measure
-from diffexp.study import Arm
+from diffexp.runs.reading import Measure
+from diffexp.sharing.lora_header import without_paths
+from diffexp.study.comparison import Arm
 
 Points = tuple[list[float], list[float]]
 TIMESTEPS = 1000

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffexp.lora_header import without_paths
 from diffexp.report.charts import number, signed
 from diffexp.report.curves import gain_points, number_in, tags_of
 from diffexp.report.sources import Material, Source
-from diffexp.runs import Measure
-from diffexp.statistics import Estimate, bootstrap_mean, final_reward
-from diffexp.study import Arm, Comparison, analyse
-from diffexp.study_report import level_rows, main_rows
+from diffexp.runs.reading import Measure
+from diffexp.sharing.lora_header import without_paths
+from diffexp.study.comparison import Arm, Comparison, analyse
+from diffexp.study.comparison_report import level_rows, main_rows
+from diffexp.study.statistics import Estimate, bootstrap_mean, final_reward
 from diffexp.toml import toml_lines
 
 CLEAR = 2.0

@@ -11,11 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diffexp.lora_header import without_paths
 from diffexp.pictures import iterations, open_png
 from diffexp.report.charts import number, spread
 from diffexp.report.sources import Material, Source
-from diffexp.study import Arm
+from diffexp.sharing.lora_header import without_paths
+from diffexp.study.comparison import Arm
 
 LARGEST = 256
 """The side in pixels to which larger images are shrunk."""

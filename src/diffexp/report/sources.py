@@ -12,8 +12,8 @@ from typing import Any
 from diffexp import prompts as prompt_sets
 from diffexp.errors import UserError
 from diffexp.rewards.spec import parse
-from diffexp.runs import Measure, Run, objects, read_config
-from diffexp.study import Arm, arms_of
+from diffexp.runs.reading import Measure, Run, objects, read_config
+from diffexp.study.comparison import Arm, arms_of
 
 LISTED = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "exploration.jsonl", "environment.json")
 """The files of a run that a report is made from, besides the previews."""
@@ -21,7 +21,7 @@ LISTED = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "exploration.json
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A run folder, with what :class:`diffexp.runs.Run` leaves out."""
+    """A run folder, with what :class:`diffexp.runs.reading.Run` leaves out."""
 
     run: Run
     config: Mapping[str, Any]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffexp.report.sources import Material
-from diffexp.study import Arm
+from diffexp.study.comparison import Arm
 
 SHOWN = 12
 """The most words that are shown at once."""

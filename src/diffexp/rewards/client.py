@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from diffexp.errors import UserError
-from diffexp.interruption import pause
+from diffexp.processes.interruption import pause
 from diffexp.rewards.address import HOW_TO_TELL, PATIENCE, read_address, read_patience, read_token
 from diffexp.rewards.service import Service
 

@@ -21,8 +21,8 @@ from tiny import write_pipeline
 
 from diffexp import __version__, train
 from diffexp.config import Recipe
-from diffexp.records import CONFIG, RECORDS
-from diffexp.reporter import Reporter
+from diffexp.runs.records import CONFIG, RECORDS
+from diffexp.terminal.reporter import Reporter
 
 HERE = Path(__file__).parent
 

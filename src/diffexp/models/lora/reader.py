@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffexp.errors import UserError, one_line
-from diffexp.lora_header import METADATA_KEY, check_header_size
 from diffexp.models.base import TextToImage
 from diffexp.models.lora.adapters import Initialisation, Layer, Layers, add_to, attach_layers, layer_modules
 from diffexp.models.lora.keys import Place, places, stems
+from diffexp.sharing.lora_header import METADATA_KEY, check_header_size
 
 DOWN, UP, ALPHA = "down", "up", "alpha"
 ENDINGS = (

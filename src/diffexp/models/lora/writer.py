@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from diffexp import durable
-from diffexp.lora_header import DIFFUSERS_FILE, METADATA_KEY, without_paths
 from diffexp.models.base import TextToImage
 from diffexp.models.header import put_in_order
 from diffexp.models.lora.adapters import Layers, adapters, config_of
 from diffexp.models.lora.keys import Place, diffusers_stem, kohya_stem, places
+from diffexp.runs import durable
+from diffexp.sharing.lora_header import DIFFUSERS_FILE, METADATA_KEY, without_paths
 from diffexp.version import __version__
 
 Tensors = dict[str, Tensor]

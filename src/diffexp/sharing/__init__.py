@@ -1,0 +1,1 @@
+"""What leaves a run: headers of LoRA files, the model card, the way to the hub."""

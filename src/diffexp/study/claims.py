@@ -1,0 +1,116 @@
+"""What the paper claims by each figure, what of it can be tested here, and the rule of the verdict.
+
+A test is passed where the whole 95 % interval lies on the claimed side, failed where the estimate lies on the other,
+and open in between. A claim is reproduced if all of its tests are passed, not reproduced if all of them fail, and
+partly otherwise; tests of a level that no run reached, or that nobody gained, are not determined and do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from diffexp.study.statistics import Estimate, Ratio
+
+
+class Verdict(Enum):
+    """What a test or a claim came to. ``PARTLY`` is a test that stays open, or a claim of which only a part holds."""
+
+    REPRODUCED = "reproduced"
+    PARTLY = "partly"
+    NOT = "not reproduced"
+    UNKNOWN = "not determined"
+    MISSING = "not run yet"
+
+
+class Test(NamedTuple):
+    """``better`` needs fewer queries than ``worse`` to its final reward, or ends with a higher one; variants."""
+
+    kind: str  # "fewer queries" or "higher reward"
+    better: str = "diffexp"
+    worse: str = "plain"
+
+
+class Claim(NamedTuple):
+    """The paper's sentence, and what it comes to in runs."""
+
+    says: str
+    tests: Sequence[Test]
+
+
+FEWER, HIGHER = Test("fewer queries"), Test("higher reward")
+
+CLAIMS = {
+    "1": Claim(
+        "“The current method fails to find a good reward signal (i.e., images containing a bicycle)”; “our method "
+        "indeed improves its sample efficiency”.",
+        (FEWER, HIGHER),
+    ),
+    "4": Claim(
+        "“Our method outperforms the baselines in terms of reward scores, while demonstrating better sample "
+        "efficiency. … approximately 20% fewer samples to achieve the same reward score as DDPO and AlignProp.”",
+        (FEWER, HIGHER),
+    ),
+    "6": Claim(
+        "“A model with DiffExp consistently outperforms the baseline models in terms of rewards and sample efficiency, "
+        "confirming its ability to generalize well to unseen prompts.”",
+        (FEWER, HIGHER),
+    ),
+    "7": Claim(
+        "“Ours clearly achieves higher ImageReward scores compared to baselines”, “rather than merely increasing the "
+        "reward through reward hacking”.",
+        (HIGHER,),
+    ),
+    "9a": Claim(
+        "“All our variants generally perform better than our baseline, AlignProp, in terms of rewards and sample "
+        "efficiency, while using those modules together provides the best results.”",
+        (
+            HIGHER,
+            Test("higher reward", "guidance"),
+            Test("higher reward", "words"),
+            Test("higher reward", "diffexp", "guidance"),
+            Test("higher reward", "diffexp", "words"),
+        ),
+    ),
+    "9b": Claim(
+        "“Higher t_thres generally provides better results in terms of rewards, with the best performance with "
+        "t_thres = 900.”",
+        (
+            Test("higher reward", "diffexp", "threshold-800"),
+            Test("higher reward", "threshold-800", "threshold-700"),
+        ),
+    ),
+    "10a": Claim(
+        "“… demonstrating the effectiveness of our approach even to the challenging scenarios.”", (FEWER, HIGHER)
+    ),
+    "17a": Claim(
+        "“Our method achieves improved sample efficiency and higher scores compared to the baseline.”", (FEWER, HIGHER)
+    ),
+}
+
+
+def of_ratio(ratio: Ratio | None) -> Verdict:
+    """Whether a method needs fewer queries than its baseline. Without an interval, as of one seed, that stays open."""
+    if ratio is None or (ratio.least == 0 and ratio.most == float("inf")):
+        return Verdict.UNKNOWN
+    if ratio.high is not None and ratio.high < 1:
+        return Verdict.REPRODUCED
+    return Verdict.NOT if ratio.least >= 1 else Verdict.PARTLY
+
+
+def of_difference(difference: Estimate) -> Verdict:
+    """Whether a difference is above 0."""
+    if difference.low is not None and difference.low > 0:
+        return Verdict.REPRODUCED
+    return Verdict.NOT if difference.value <= 0 else Verdict.PARTLY
+
+
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """What a claim's tests come to."""
+    if not verdicts:
+        return Verdict.MISSING
+    known = {verdict for verdict in verdicts if verdict is not Verdict.UNKNOWN}
+    if not known:
+        return Verdict.UNKNOWN
+    return known.pop() if len(known) == 1 else Verdict.PARTLY

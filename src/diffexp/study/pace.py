@@ -1,0 +1,151 @@
+"""How long runs take: seconds an image, by what ran so far or by a short trial on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from diffexp import assembly, prompts, rewards
+from diffexp.config import Recipe
+from diffexp.emoji import MODELS
+from diffexp.errors import UserError
+from diffexp.exploration import ConstantGuidance
+from diffexp.rewards.base import score
+from diffexp.rewards.spec import parse
+from diffexp.rollout import Batch
+from diffexp.runs.reading import objects
+from diffexp.runs.records import JsonLines
+from diffexp.settings import AlignPropSettings, DDPOSettings
+
+TRIAL = 4
+"""Images of a trial."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""The environment of a process that shares the CPU with others."""
+
+
+class Work(NamedTuple):
+    """Images to train on, and images to paint for evaluations."""
+
+    queries: float
+    evaluated: float
+
+
+class Spent(NamedTuple):
+    """Seconds of training, and of everything else: evaluations, mostly."""
+
+    training: float
+    rest: float
+
+
+class Times:
+    """What was measured so far, by model, algorithm and denoising steps; kept in a file."""
+
+    KEYS = frozenset(("kind", "queries", "training", "evaluated", "rest"))
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.records = path, [record for record in objects(path) if record.keys() >= self.KEYS]
+
+    @staticmethod
+    def kind(recipe: Recipe) -> list[Any]:
+        """What runs of equal speed have in common."""
+        passes = recipe.algorithm.inner_epochs if isinstance(recipe.algorithm, DDPOSettings) else 1
+        return [recipe.model.path, recipe.algorithm.name, passes, recipe.sampler.steps, recipe.device]
+
+    def add(self, recipe: Recipe, work: Work, spent: Spent) -> None:
+        """Remembers what some work took."""
+        record = {"kind": self.kind(recipe), **work._asdict(), **spent._asdict()}
+        self.records.append(record)
+        JsonLines(self.path).append(record)
+
+    def expected(self, recipe: Recipe, work: Work) -> float | None:
+        """Seconds that some work will take; None if nothing like it has been measured yet."""
+        alike = [record for record in self.records if record["kind"] == self.kind(recipe)]
+        if not alike:
+            return None
+
+        def pace(images: str, seconds: str) -> float:
+            return sum(record[seconds] for record in alike) / max(1, sum(record[images] for record in alike))
+
+        return work.queries * pace("queries", "training") + work.evaluated * pace("evaluated", "rest")
+
+    def try_out(self, recipes: Iterable[Recipe], workers: int) -> None:
+        """Measures what is not known yet, without keeping it: ``workers`` trials at a time, as runs will share a CPU.
+
+        Models that would have to be downloaded are left out.
+        """
+        kinds = {json.dumps(self.kind(recipe)): recipe for recipe in recipes if here(recipe)}
+        for recipe in kinds.values():
+            if self.expected(recipe, Work(1, 1)) is None:
+                work = Work(TRIAL, TRIAL)._asdict()
+                self.records += [
+                    {"kind": self.kind(recipe), **work, **spent._asdict()} for spent in trials(recipe, workers)
+                ]
+
+
+def here(recipe: Recipe) -> bool:
+    """Whether the recipe's model needs no download."""
+    return recipe.model.path in MODELS or Path(recipe.model.path).is_dir()
+
+
+def trials(recipe: Recipe, workers: int) -> list[Spent]:
+    """What each of several trials at the same time took, each with one thread."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.toml"
+        file.write_text(recipe.to_toml(), encoding="utf-8")
+        command = [sys.executable, "-m", "diffexp.study.pace", str(file)]
+        started = [
+            subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE)  # noqa: S603
+            for _ in range(workers)
+        ]
+        said = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise UserError("the trial that measures this machine's speed failed: its message is above")
+    return [Spent(*json.loads(one.splitlines()[-1])) for one in said]
+
+
+def trial(recipe: Recipe) -> Spent:
+    """Times one iteration, and painting, of :data:`TRIAL` images."""
+    changes: dict[str, Any] = {"reward": parse(recipe.reward)[0].name}
+    if isinstance(recipe.algorithm, AlignPropSettings) and recipe.algorithm.truncation == "random":
+        most = recipe.algorithm.last_steps or recipe.sampler.steps
+        changes |= {"algorithm.truncation": "fixed", "algorithm.last_steps": (1 + most) // 2}  # the mean
+    recipe = Recipe.parse(recipe.model_dump(), "trial", changes)
+    model = assembly.model(recipe)
+    reward, names = rewards.load(recipe.reward, model.device), prompts.load(recipe.prompts)
+    texts = [names[k % len(names)] for k in range(TRIAL)]
+    assembly.make_trainable(recipe, model)
+    sampler = assembly.sampler(recipe, model)
+    algorithm = assembly.algorithm(recipe, sampler, assembly.learner(recipe, model), partial(score, reward))
+    batch = Batch(
+        texts, model.encode(texts), ConstantGuidance(recipe.sampler.guidance), [(0, "trial", k) for k in range(TRIAL)]
+    )
+    moments = [time.perf_counter()]
+    for work in (partial(algorithm.step, batch), partial(sampler.rollout, batch, TRIAL)):
+        work()
+        moments.append(time.perf_counter())
+    return Spent(moments[1] - moments[0], moments[2] - moments[1])
+
+
+def duration(seconds: float | None) -> str:
+    """A time as people say it."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def main(arguments: Sequence[str]) -> None:
+    print(json.dumps(trial(Recipe.load(arguments[0]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,343 @@
+"""Runs what the figures of the paper need, each run in a process of its own, then draws them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from diffexp import assembly
+from diffexp.config import Recipe
+from diffexp.errors import UserError
+from diffexp.processes.interruption import Interrupted, Interruption
+from diffexp.runs import checkpoint
+from diffexp.runs.reading import objects
+from diffexp.runs.records import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS
+from diffexp.runs.runfolder import finished
+from diffexp.study import archive, tuning, write_up
+from diffexp.study.comparison_report import table_text
+from diffexp.study.drawing import Drawing
+from diffexp.study.experiments import Choice, Figure, Job, Tuning, chosen, jobs
+from diffexp.study.pace import ONE_THREAD, Spent, Times, Work, duration
+from diffexp.study.scales import SCALES, Scale
+from diffexp.study.variants import TITLES
+
+TIMES = "times.jsonl"
+POLL = 0.5  # seconds between two looks at the running processes
+
+
+@dataclass(frozen=True)
+class State:
+    """A run that a figure needs, and how far it is."""
+
+    job: Job
+    folder: Path
+    iteration: int
+
+    @classmethod
+    def look(cls, job: Job, folder: Path) -> State:
+        """What the run's folder says.
+
+        Raises:
+            UserError: if it holds the run of another recipe.
+        """
+        if (folder / CONFIG).is_file() and Recipe.load(folder / CONFIG) != job.recipe:
+            raise UserError(
+                f"--out: {folder} holds a run of another recipe: choose another --out, or remove that folder"
+            )
+        if finished(folder, job.recipe):
+            return cls(job, folder, job.recipe.iterations)
+        newest = checkpoint.read_newest(folder / CHECKPOINTS)
+        done = 0 if newest is None else int(newest.numbers["iteration"])
+        return cls(job, folder, min(done, job.recipe.iterations - 1))
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.job.recipe.iterations
+
+    @property
+    def work(self) -> Work:
+        """What is still to be done."""
+        share = 1 - min(1.0, self.iteration / self.job.recipe.iterations)
+        return Work(share * self.job.queries, share * self.job.evaluated)
+
+    @property
+    def left(self) -> int:
+        """Images that are still to be painted, for training and for evaluation."""
+        return round(sum(self.work))
+
+    def __str__(self) -> str:
+        if self.finished:
+            return "finished"
+        return f"at iteration {self.iteration}" if self.iteration else "to do"
+
+
+@dataclass
+class Running:
+    """A process that trains a run."""
+
+    state: State
+    process: subprocess.Popen[bytes]
+    started: float
+
+
+class Trainer:
+    """Trains the unfinished runs, ``workers`` at a time; ``one_thread`` for processes that share a CPU."""
+
+    def __init__(self, states: Sequence[State], times: Times, workers: int, one_thread: bool, console: Console) -> None:
+        self.waiting = [state for state in states if not state.finished]
+        self.running: list[Running] = []
+        self.times, self.workers, self.one_thread, self.console = times, workers, one_thread, console
+        self.failed: list[State] = []
+        self.count, self.done = len(self.waiting), 0
+        self.images = sum(state.left for state in self.waiting)
+        self.before = {state.job.name: painted(state.folder) for state in self.waiting}
+        self.folders = {state.job.name: state.folder for state in self.waiting}
+        self.begun = time.monotonic()
+
+    def run(self) -> None:
+        """Trains them all. Ctrl-C or SIGTERM lets every run finish its iteration and save.
+
+        Raises:
+            UserError: if runs failed, with each one's last words; the others are finished then.
+        """
+        columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with (
+            Interruption(self.say) as interruption,
+            Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as progress,
+        ):
+            task = progress.add_task("", total=max(1, self.images))
+            try:
+                while self.waiting or self.running:
+                    if interruption.requested:
+                        self.stop()
+                        raise Interrupted(f"stopped with {self.done} of {self.count} runs finished")
+                    while self.waiting and len(self.running) < self.workers:
+                        self.start(self.waiting.pop(0))
+                    time.sleep(POLL)
+                    self.collect()
+                    progress.update(task, completed=self.progress(), description=self.status())
+            finally:
+                for running in self.running:
+                    running.process.kill()
+        if self.failed:
+            words = "\n".join(f"run {state.job.name} failed: {last_words(log(state))}" for state in self.failed)
+            raise UserError(f"{words}\n{self.done} of {self.count} runs finished; the same command again goes on")
+
+    def start(self, state: State) -> None:
+        """Begins a run, or goes on with it."""
+        recipes = state.folder.parent / "recipes"
+        recipes.mkdir(parents=True, exist_ok=True)
+        recipe = recipes / f"{state.job.name}.toml"
+        recipe.write_text(state.job.recipe.to_toml(), encoding="utf-8")
+        command = [sys.executable, "-m", "diffexp", "train", str(recipe), "--out", str(state.folder)]
+        threads = ONE_THREAD if self.one_thread else {}
+        with log(state).open("ab") as output:
+            # A session of its own: Ctrl-C in the terminal is ours to hand on, once.
+            process = subprocess.Popen(  # noqa: S603
+                command, env={**os.environ, **threads}, stdout=output, stderr=output, start_new_session=True
+            )
+        self.running.append(Running(state, process, time.monotonic()))
+
+    def collect(self) -> None:
+        """Takes note of the processes that have ended."""
+        for running in [running for running in self.running if running.process.poll() is not None]:
+            self.running.remove(running)
+            seconds = time.monotonic() - running.started
+            if running.process.returncode:
+                self.failed.append(running.state)
+                self.say(f"{running.state.job.name}: failed, see {log(running.state)}")
+                continue
+            self.done += 1
+            self.times.add(running.state.job.recipe, running.state.work, spent(running.state, seconds))
+            self.say(f"{running.state.job.name}: {duration(seconds)}; {self.status()}")
+
+    def stop(self) -> None:
+        """Asks every process to finish its iteration and save, and waits for it."""
+        for running in self.running:
+            running.process.terminate()
+        for running in self.running:
+            running.process.wait()
+        self.running = []
+
+    def progress(self) -> int:
+        """Images painted since the beginning."""
+        return sum(max(0, painted(folder) - self.before[name]) for name, folder in self.folders.items())
+
+    def status(self) -> str:
+        """How many runs are finished, and when all will be."""
+        images = self.progress()
+        left = (time.monotonic() - self.begun) * max(0, self.images - images) / images if images else None
+        return f"{self.done} of {self.count} runs finished, ETA {duration(left)}"
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures to make, at which scale, how many ``seeds`` the user wants (None: the scale's own), and where."""
+
+    figures: Mapping[str, Figure]
+    scale: Scale
+    seeds: int | None
+    overrides: Mapping[str, Any]
+    runs: Path
+
+    def choice(self) -> Choice:
+        """What tuning chose. Recipes of algorithms whose tuning is not finished stay as they are."""
+        return tuning.choice(self.scale, self.runs)
+
+    def states(self) -> list[State]:
+        """How far every run is, tuning first. While that is not finished, the others have the recipes' own settings."""
+        found = jobs(self.figures, self.scale, self.seeds, self.overrides, self.choice())
+        return [State.look(job, self.runs / job.name) for job in found]
+
+    def drawing(self, out: Path, partly: bool = False) -> Drawing:
+        return Drawing(self.scale, self.runs, out, self.seeds, self.overrides, self.choice(), partly)
+
+
+def reproduce(
+    name: str,
+    scale: str,
+    seeds: int | None,
+    out: Path,
+    workers: int | None,
+    dry_run: bool,
+    overrides: Mapping[str, Any],
+    console: Console,
+    source: Path | None = None,
+    store: Path | None = None,
+) -> None:
+    """Trains what the figure (or "all") needs, except what is finished already, and draws it into ``out``/scale.
+
+    With a ``store``, also keeps the numbers of the runs there, and writes what they say. With a ``source``, a store or
+    a folder of runs, nothing is trained.
+
+    Raises:
+        UserError: for a name that is none, settings that make no recipe, a folder of other runs, or a run that failed.
+    """
+    plan = Plan(chosen(name, scale), SCALES[scale], seeds, overrides, out / scale)
+    if source:
+        return keep(replace(plan, runs=source), store or source, console)
+    times, states = Times(plan.runs / TIMES), plan.states()
+    on_cpu = device(states) == "cpu"
+    workers = workers or (os.cpu_count() or 1 if on_cpu else 1)
+    if dry_run:
+        times.try_out([state.job.recipe for state in states if not state.finished], workers)
+    describe(plan.figures, states, times, workers, console)
+    if plan.scale.candidates:
+        tuned = " and ".join(dict.fromkeys(TITLES[algorithm] for algorithm, _ in plan.choice()))
+        console.print(f"tuned so far: {tuned or 'nothing; recipes have their own settings until then'}", soft_wrap=True)
+    if dry_run:
+        return None
+    tried = [name for name, figure in plan.figures.items() if isinstance(figure, Tuning)]
+    for stage in (replace(plan, figures={name: plan.figures[name] for name in tried}), plan):
+        # the second stage's recipes are known when the first is finished
+        Trainer(stage.states(), times, workers, on_cpu, console).run()
+    drawing = plan.drawing(plan.runs / "figures")
+    for key, figure in plan.figures.items():
+        if isinstance(figure, Tuning):
+            table = table_text(tuning.rows(tuning.tried(figure, plan.scale, plan.runs)))
+            console.print(table, highlight=False, markup=False, soft_wrap=True)
+        for file in drawing.draw(key, figure)[:1]:
+            console.print(f"figure {key}: {file}", highlight=False, soft_wrap=True)
+    if store:
+        keep(plan, store, console)
+    return None
+
+
+def keep(plan: Plan, store: Path, console: Console) -> None:
+    """The numbers of all runs that are finished into the ``store``, figures of them, and a document beside it.
+
+    Raises:
+        UserError: if there are neither runs nor a store, or the store would lie among the runs.
+    """
+    file = store / archive.FILE
+    if not plan.runs.is_dir():
+        raise UserError(f"--from {plan.runs}: no such folder")
+    if not (plan.runs / archive.FILE).is_file():
+        if plan.runs == store:
+            raise UserError(f"--from {plan.runs} has no {archive.FILE}, so it is no store: also give --store FOLDER")
+        done = [state.folder for state in plan.states() if state.finished]
+        archive.pack([folder for folder in done if archive.complete(folder)], file)
+    elif plan.runs != store:
+        raise UserError(f"--from {plan.runs} is a store already: leave --store out")
+    with TemporaryDirectory() as unpacked:
+        count = len(archive.unpack(file, Path(unpacked)))
+        drawing = replace(plan, runs=Path(unpacked)).drawing(store, partly=True)
+        document = write_up.write(plan.figures, drawing, store)
+    console.print(f"{count} runs in {file}; figures beside it; {document}", highlight=False, soft_wrap=True)
+
+
+def describe(
+    figures: Mapping[str, Figure], states: Sequence[State], times: Times, workers: int, console: Console
+) -> None:
+    """What there is to do: the figures, the runs, and how long they will take."""
+    for key, figure in figures.items():
+        console.print(f"figure {key}: {figure.title}", highlight=False)
+    left = [state for state in states if not state.finished]
+    expected = {state.job.name: times.expected(state.job.recipe, state.work) for state in left}
+    if states:
+        table = Table(box=None, pad_edge=False)
+        for column in ("run", "queries", "evaluated", "state", "expected"):
+            table.add_column(column, no_wrap=True, justify="right" if column in ("queries", "evaluated") else "left")
+        for state in states:
+            job, due = state.job, duration(expected[state.job.name]) if not state.finished else ""
+            table.add_row(job.name, f"{job.queries:,}", f"{job.evaluated:,}", str(state), due)
+        console.print(table, soft_wrap=True)
+    queries, evaluated = sum(state.job.queries for state in left), sum(state.job.evaluated for state in left)
+    console.print(
+        f"{len(states)} runs, {len(states) - len(left)} finished; the others: {queries:,} queries, "
+        f"{evaluated:,} evaluated images; expected time, {workers} at a time: {together(expected.values(), workers)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def together(times: Collection[float | None], workers: int) -> str:
+    """How long runs take, ``workers`` at a time."""
+    known = [seconds for seconds in times if seconds is not None]
+    if len(known) < len(times):
+        return "unknown"
+    return duration(max(sum(known) / workers, max(known))) if known else "none"
+
+
+def spent(state: State, seconds: float) -> Spent:
+    """What the iterations that were left of a run took, by its records, and the rest of its ``seconds``."""
+    metrics = {entry["iteration"]: entry["seconds"] for entry in objects(state.folder / METRICS)}
+    training = sum(took for iteration, took in metrics.items() if iteration > state.iteration)
+    return Spent(training, max(0.0, seconds - training))
+
+
+def device(states: Sequence[State]) -> str:
+    """The kind of device that the runs train on."""
+    return assembly.device(states[0].job.recipe.device if states else "auto").type
+
+
+def painted(folder: Path) -> int:
+    """Images that a run has painted so far, as its records say: training and evaluation."""
+    metrics, evaluations = objects(folder / METRICS), objects(folder / EVALUATIONS)
+    sets = {(entry["iteration"], entry["prompts"]): entry["n"] for entry in evaluations}
+    return int(metrics[-1]["queries"] if metrics else 0) + sum(sets.values())
+
+
+def log(state: State) -> Path:
+    """Where a run's output goes."""
+    return state.folder.parent / f"{state.folder.name}.log"
+
+
+def last_words(file: Path) -> str:
+    """The last line of a log."""
+    said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return said[-1].removeprefix("error: ") if said else f"it said nothing in {file}"

@@ -1,0 +1,72 @@
+"""The study as a document: the paper's claims beside ours, tables, figures. Written from the runs' numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffexp.markdown import plain, replace_section
+from diffexp.study import tuning
+from diffexp.study.claims import CLAIMS, Verdict
+from diffexp.study.comparison_report import table_text
+from diffexp.study.drawing import Drawing
+from diffexp.study.experiments import Figure, Tuning
+from diffexp.study.findings import Measured, findings, rows, start, verdict
+
+SECTION = "study"
+
+
+def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
+    """Draws the figures into ``store`` and writes what they say into the document beside it, STORE.md.
+
+    What people wrote around the section of results stays.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    document = store.with_name(f"{store.name}.md")
+    measured = {name: drawing.measured(name, figure) for name, figure in figures.items()}
+    parts = [f"### The paper's claims\n\n{claims(measured)}"]
+    for name, figure in figures.items():
+        if isinstance(figure, Tuning):
+            parts.append(tried(figure, drawing))
+        elif measured[name]:
+            picture = drawing.plotted(name, figure, measured[name])[0]
+            parts.append(described(name, figure, measured[name], f"{store.name}/{picture.name}"))
+    replace_section(document, SECTION, "\n\n".join(parts))
+    return document
+
+
+def claims(measured: Mapping[str, list[Measured]]) -> str:
+    """Every claim with its verdict; "not run yet" where there is no run."""
+    table = ["| figure | the paper | here |", "| --- | --- | --- |"]
+    for name, claim in CLAIMS.items():
+        found = findings(name, measured.get(name, []))
+        passed = sum(finding.verdict is Verdict.REPRODUCED for finding in found)
+        detail = f" ({passed} of {len(found)} tests)" if found else ""
+        table.append(f"| {name} | {claim.says} | **{verdict(found).value}**{detail} |")
+    return "\n".join(table)
+
+
+def described(name: str, figure: Figure, measured: list[Measured], picture: str) -> str:
+    """A figure: its picture, a table for each panel and measure, and the tests of its claim."""
+    title = f"Figure {name}" if name[0].isdigit() else name.capitalize()
+    parts = [f"### {title}: {figure.title}", f"![{title}]({picture})"]
+    for one in measured:
+        where = f"{one.panel.title}: {one.measure.reward} on {one.measure.prompts}"
+        parts.append(f"**{plain(where)}**; the untouched model has {start(one):.4g}.")
+        parts.append(table_text(rows(one)))
+    if found := findings(name, measured):
+        table = [["claim", "panel", "number", "pairs", "verdict"]]
+        table += [[one.what, one.where, one.number, str(one.pairs), one.verdict.value] for one in found]
+        parts.append(table_text(table))
+    return "\n\n".join(parts)
+
+
+def tried(figure: Tuning, drawing: Drawing) -> str:
+    """The table of what was tried, and the rule that chose."""
+    trials = tuning.tried(figure, drawing.scale, drawing.runs)
+    rule = (
+        "The same candidates for both sides, on seeds 100 and 101, in runs of half the length; the highest mean of the "
+        "final training reward is taken for all figures."
+    )
+    table = table_text(tuning.rows(trials)) if trials else "Not run yet."
+    return f"### {figure.title}\n\n{rule}\n\n{table}"
