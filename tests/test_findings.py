@@ -133,7 +133,7 @@ def test_tuning_takes_the_best_mean_of_each_side(tmp_path: Path) -> None:
     assert isinstance(figure, Tuning)
     rows = tuning.rows(tuning.tried(figure, EMOJI, tmp_path))
     assert ["DDPO", "lr-3e-3", "9.5, 7", "8.25", "yes"] in rows
-    assert len(rows) == 1 + 12
+    assert len(rows) == 1 + 14
     assert sum(row[-1] == "yes" for row in rows) == 4
 
 

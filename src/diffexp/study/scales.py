@@ -123,6 +123,7 @@ SCALES = {
                 "lr-3e-4": {"optimizer.learning_rate": 3e-4},
                 "lr-1e-3": {"optimizer.learning_rate": 1e-3},
                 "lr-3e-3": {"optimizer.learning_rate": 3e-3},
+                "lr-1e-2": {"optimizer.learning_rate": 1e-2},
             },
         },
         seeds=dict.fromkeys(("4", "6", "7", "masked", "masked-50"), 5),
