@@ -176,7 +176,7 @@ def test_a_disk_that_refuses_ends_the_run_and_nothing_is_lost(
         raise OSError(28, "it needs 9,999 bytes, and 7 are free")
 
     with monkeypatch.context() as full:
-        full.setattr(f"diffexp.{where}", refuse)
+        full.setattr(f"diffexp.runs.{where}", refuse)
         code, _, error = diffexp("resume", str(run), "--quiet")
     assert code == 2
     assert error.splitlines()[-1].startswith("error: ")
