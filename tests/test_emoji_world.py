@@ -11,10 +11,11 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffexp import prompts as prompt_sets
-from diffexp.emoji import model_path, vocabulary, weights_path
+from diffexp.emoji import MODELS, model_path, vocabulary, weights_path
 from diffexp.errors import UserError
 from diffexp.rewards.emoji import EmojiAesthetic, EmojiAlignment, EmojiJudge
 
@@ -42,6 +43,15 @@ def sheet():
     pixels = torch.from_numpy(np.array(Image.open(SHEET).convert("RGB"))).float() / 255
     tiles = pixels.unflatten(0, (6, 64)).unflatten(2, (12, 64)).permute(0, 2, 4, 1, 3).flatten(0, 1)
     return tiles, vocabulary.prompts()[::5][:72]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_text_encoders_are_named_as_stable_diffusions(name: str) -> None:
+    """Older versions of transformers read no other names; newer ones read both."""
+    for file in model_path(name).glob("text_encoder*/model.safetensors"):
+        names = [key for key in load_file(file) if key != "text_projection.weight"]
+        assert names
+        assert all(key.startswith("text_model.") for key in names), file
 
 
 def test_the_vocabulary_is_the_papers():

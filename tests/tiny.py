@@ -139,9 +139,9 @@ def write_original(folder: Path, kind: str) -> Path:
             unet(16, use_linear_projection=True, attention_head_dim=(2, 4)).save_pretrained(folder / "unet")
         config = folder / "text_encoder" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
-    # older versions of transformers kept every text encoder below this name, and SD 1.5's file has a tensor more
-    file = folder / "text_encoder" / "model.safetensors"
-    tensors = {f"text_model.{key}": tensor for key, tensor in load_file(file).items()}
+    # the originals have their tensors below this name, as older versions of transformers still do
+    file, root = folder / "text_encoder" / "model.safetensors", "text_model."
+    tensors = {key if key.startswith(root) else root + key: tensor for key, tensor in load_file(file).items()}
     if kind == "sd15":
         tensors["text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
     save_file(tensors, file, {"format": "pt"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from tools.emoji import clip, scenes, tokenizer, unet, vae
@@ -47,6 +47,7 @@ def export(target: Path = WEIGHTS) -> int:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(staging / "model", safe_serialization=True)
+    name_as_originals(staging / "model" / "text_encoder")
     for name in ("alignment", "judge"):
         clip.load(name).half().save_pretrained(staging / name)
         tokenizer.load().save_pretrained(staging / name)
@@ -63,6 +64,13 @@ def export(target: Path = WEIGHTS) -> int:
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(f"export: {size / 1e6:.1f} MB in {target}", flush=True)
     return size
+
+
+def name_as_originals(text_encoder: Path) -> None:
+    """Names a ``CLIPTextModel``'s tensors as Stable Diffusion's files do, which every version of transformers reads."""
+    file, root = text_encoder / "model.safetensors", "text_model."
+    tensors = {key if key.startswith(root) else root + key: tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def _preprocessor() -> CLIPImageProcessor:
