@@ -6,6 +6,8 @@ A hub name is resolved to a commit once, as an index can change between its chec
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -35,10 +37,15 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")
         return Path(name), Source(name)
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=list(needed_files(variant)))
     try:
         # asks once for the commit, and leaves a note of it in the cache, by which it is found again without a network
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(needed_files(variant))))
+        folder = Path(fetch())
     except Exception as error:
+        # some versions ask again for the list of a commit's files, though all of them are in the cache
+        with suppress(Exception):
+            folder = Path(fetch(local_files_only=True))
+            return folder, Source(name, folder.name)
         raise UserError(
             f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has "
             f"({one_line(error.__cause__ or error)}); for a machine without internet, fill the cache on another one: "
