@@ -133,15 +133,15 @@ def test_tuning_has_equal_budgets_and_seeds_of_its_own() -> None:
     tuned, reported = jobs(["tuning"], scale), jobs(chosen("all", "emoji").keys() - {"tuning"}, scale)
     assert {one.recipe.seed for one in tuned} == {100, 101}
     assert not {one.recipe.seed for one in reported} & {100, 101}
-    for algorithm in ("ddpo", "alignprop"):
+    for algorithm, task in (("ddpo", "dolphin"), ("alignprop", "pickscore")):
         plain, explored = (
-            [one.recipe for one in tuned if re.fullmatch(f"tuning-pickscore-{algorithm}{part}-lr.*", one.name)]
+            [one.recipe for one in tuned if re.fullmatch(f"tuning-{task}-{algorithm}{part}-lr.*", one.name)]
             for part in ("", "-diffexp")
         )
         assert len(plain) == 2 * len(scale.candidates[algorithm])
         for ours, theirs in zip(explored, plain, strict=True):
             assert ours.model_copy(update={"exploration": theirs.exploration}) == theirs
-            assert ours.iterations * 2 == job(scale, "pickscore", Arm(algorithm, "plain"), 0, {}).recipe.iterations
+            assert ours.iterations * 2 == job(scale, task, Arm(algorithm, "plain"), 0, {}).recipe.iterations
 
 
 def test_what_was_tuned_goes_to_its_side() -> None:

@@ -121,19 +121,19 @@ def test_tuning_takes_the_best_mean_of_each_side(tmp_path: Path) -> None:
     gains = {"lr-1e-3-s100": 1.0, "lr-1e-3-s101": 1.0, "lr-3e-3-s100": 2.5, "lr-3e-3-s101": 0.0}
     every = jobs(["tuning"], EMOJI)
     for job in every[:-1]:
-        best = "ddpo-diffexp-lr-1e-3-epochs-2" in job.name
+        best = "ddpo-diffexp-lr-3e-3-epochs-2" in job.name
         write_run(tmp_path, job, 3.0 if best else next((g for key, g in gains.items() if job.name.endswith(key)), 0.5))
     assert {algorithm for algorithm, _ in tuning.choice(EMOJI, tmp_path)} == {"alignprop"}, "a run of DDPO is missing"
     write_run(tmp_path, every[-1], 0.0)
     choice = tuning.choice(EMOJI, tmp_path)
     assert choice["ddpo", True] == {"optimizer.learning_rate": 3e-3}
-    assert choice["ddpo", False] == {"optimizer.learning_rate": 1e-3, "algorithm.inner_epochs": 2}
+    assert choice["ddpo", False] == {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2}
     assert choice["alignprop", True] == {"optimizer.learning_rate": 3e-3}
     figure = FIGURES["tuning"]
     assert isinstance(figure, Tuning)
     rows = tuning.rows(tuning.tried(figure, EMOJI, tmp_path))
     assert ["DDPO", "lr-3e-3", "9.5, 7", "8.25", "yes"] in rows
-    assert len(rows) == 1 + 14
+    assert len(rows) == 1 + 16
     assert sum(row[-1] == "yes" for row in rows) == 4
 
 

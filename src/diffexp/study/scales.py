@@ -110,14 +110,20 @@ SCALES = {
             ),
         },
         budgets={
-            "ddpo": {"iterations": 12, "evaluation.every": 3, "model.precision": "bf16"},
+            "ddpo": {
+                "iterations": 12,
+                "evaluation.every": 3,
+                "model.precision": "bf16",
+                "algorithm.minibatches": 4,
+            },
             "alignprop": {"iterations": 16, "evaluation.every": 4, "model.precision": "bf16"},
         },
         candidates={
             "ddpo": {
                 "lr-1e-3": {"optimizer.learning_rate": 1e-3},
                 "lr-3e-3": {"optimizer.learning_rate": 3e-3},
-                "lr-1e-3-epochs-2": {"optimizer.learning_rate": 1e-3, "algorithm.inner_epochs": 2},
+                "lr-1e-2": {"optimizer.learning_rate": 1e-2},
+                "lr-3e-3-epochs-2": {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2},
             },
             "alignprop": {
                 "lr-3e-4": {"optimizer.learning_rate": 3e-4},

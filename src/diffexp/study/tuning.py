@@ -40,7 +40,7 @@ def tried(figure: Tuning, scale: Scale, runs: Path) -> list[Trial]:
     found = []
     for arm in figure.arms:
         for name, settings in scale.candidates[arm.algorithm].items():
-            folders = [runs / trial_name(figure.task, arm, name, seed) for seed in TUNING_SEEDS]
+            folders = [runs / trial_name(figure, arm, name, seed) for seed in TUNING_SEEDS]
             if all(complete(folder) for folder in folders):
                 found.append(Trial(arm, name, settings, tuple(final(folder) for folder in folders)))
     return found
