@@ -45,6 +45,16 @@ def sheet():
     return tiles, vocabulary.prompts()[::5][:72]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("emoji", StableDiffusionPipeline), ("emoji-xl", StableDiffusionXLPipeline)]
+)
+def test_plain_diffusers_paints_with_nothing_set(name: str, kind: type) -> None:
+    """Its parts open in one precision, whatever that of the files."""
+    plain = kind.from_pretrained(model_path(name), local_files_only=True)
+    plain.set_progress_bar_config(disable=True)
+    assert plain("a cat", height=64, width=64, num_inference_steps=1).images[0].size == (64, 64)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_text_encoders_are_named_as_stable_diffusions(name: str) -> None:
     """Older versions of transformers read no other names; newer ones read both."""

@@ -52,6 +52,7 @@ def export(target: Path = WEIGHTS) -> int:
         clip.load(name).half().save_pretrained(staging / name)
         tokenizer.load().save_pretrained(staging / name)
         _preprocessor().save_pretrained(staging / name)
+        open_in_float32(staging / name)
     for folder in (staging / "model" / "tokenizer", staging / "alignment", staging / "judge"):
         tokenizer.save_classic_files(folder)
     head = {name: tensor.half() for name, tensor in load_file(WORK / "aesthetic.safetensors").items()}
@@ -71,6 +72,13 @@ def name_as_originals(text_encoder: Path) -> None:
     file, root = text_encoder / "model.safetensors", "text_model."
     tensors = {key if key.startswith(root) else root + key: tensor for key, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
+    open_in_float32(text_encoder)
+
+
+def open_in_float32(folder: Path) -> None:
+    """Has transformers open fp16 weights in float32, as diffusers does: otherwise a plain pipeline's parts differ."""
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def _preprocessor() -> CLIPImageProcessor:

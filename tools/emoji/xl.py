@@ -27,7 +27,7 @@ from diffexp.rewards.emoji import EmojiAlignment, EmojiJudge
 from tools.emoji import clip, scenes, tokenizer, unet, vae
 from tools.emoji.common import ROOT, WEIGHTS, WORK, Budget, Training, save, trained
 from tools.emoji.evaluate import World, grid, pipeline
-from tools.emoji.export import name_as_originals
+from tools.emoji.export import name_as_originals, open_in_float32
 from tools.emoji.groupnorm import speed_up
 from tools.emoji.unet import CAPTION_DROPOUT, caption_table, claims, noised, scheduler, snr_weights
 
@@ -155,6 +155,7 @@ def export(target: Path = WEIGHTS / "model-xl") -> None:
     )
     xl.to(torch.float16).save_pretrained(staging, safe_serialization=True)
     name_as_originals(staging / "text_encoder")
+    open_in_float32(staging / "text_encoder_2")
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_classic_files(staging / name)
     # the classic files hold the same, and the package has no room for both twice
