@@ -37,21 +37,28 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")
         return Path(name), Source(name)
-    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=list(needed_files(variant)))
     try:
-        # asks once for the commit, and leaves a note of it in the cache, by which it is found again without a network
-        folder = Path(fetch())
+        folder = fetched(name, revision, list(needed_files(variant)))
     except Exception as error:
-        # some versions ask again for the list of a commit's files, though all of them are in the cache
-        with suppress(Exception):
-            folder = Path(fetch(local_files_only=True))
-            return folder, Source(name, folder.name)
         raise UserError(
             f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has "
             f"({one_line(error.__cause__ or error)}); for a machine without internet, fill the cache on another one: "
             "diffexp download RECIPE"
         ) from error
     return folder, Source(name, folder.name)
+
+
+def fetched(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot of a hub model, from the cache if the hub can't be reached."""
+    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=patterns)
+    try:
+        # asks once for the commit, and leaves a note of it in the cache, by which it is found again without a network
+        return Path(fetch())
+    except Exception:
+        # some versions ask again for the list of a commit's files, though all of them are in the cache
+        with suppress(Exception):
+            return Path(fetch(local_files_only=True))
+        raise
 
 
 def needed_files(variant: str | None) -> Iterable[str]:
