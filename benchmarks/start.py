@@ -21,10 +21,10 @@ PROMPT = "a dolphin riding a bike"
 IMPORTS = "from diffusers import AutoencoderKL, UNet2DConditionModel; from transformers import CLIPTextModel"
 PLAIN = """
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffexp.emoji import model_path
+from diffexp.emoji import STEPS, model_path
 pipeline = StableDiffusionPipeline.from_pretrained(model_path())
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-pipeline({prompt!r}, num_inference_steps=20, guidance_scale=5.0, eta=1.0).images[0].save({file!r})
+pipeline({prompt!r}, num_inference_steps=STEPS, guidance_scale=5.0, eta=1.0).images[0].save({file!r})
 """
 
 

@@ -24,7 +24,7 @@ from diffexp import train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted
-from diffexp.runs import checkpoint, durable, provenance
+from diffexp.runs import checkpoint, durable, provenance, runfolder
 from diffexp.runs.checkpoint import NotSaved
 from diffexp.runs.records import CONFIG, EVALUATIONS, EXPLORATION, METRICS, RECORDS
 from diffexp.runs.runfolder import finished
@@ -188,6 +188,19 @@ def test_a_disk_that_refuses_ends_the_run_and_nothing_is_lost(
 def test_two_processes_do_not_train_one_run(run: Path, settings: Recipe) -> None:
     with durable.claimed(run), pytest.raises(UserError, match="another process is training this run"):
         train(settings, run)
+
+
+def test_what_a_killed_process_left_behind_is_cleared_away(tmp_path: Path, settings: Recipe) -> None:
+    run = tmp_path / "run"
+    runfolder.prepare(run, settings)
+    begun, pruned = run / ".tmp-metrics.jsonl", run / "checkpoints" / ".tmp-iteration-000001"
+    pruned.mkdir(parents=True)
+    begun.write_text("half a li")
+    (pruned / "state.json").write_text("{}")
+    with runfolder.claimed(run, settings):
+        assert not begun.exists()
+        assert not pruned.exists()
+    assert (run / "config.toml").is_file()
 
 
 class Signalling(Reporter):

@@ -109,12 +109,7 @@ def rollouts(recipe: Recipe) -> MicroBatch:
 def learner(recipe: Recipe, of: TextToImage, ranks: Ranks = ALONE) -> Learner:
     """AdamW on the model's trainable parameters."""
     batch = MicroBatch(recipe.update.batch, "update.batch")
-    return Learner(
-        of.trainable(),
-        **recipe.optimizer.model_dump(),
-        ranks=ranks,
-        batch=batch,
-    )
+    return Learner(of.trainable(), **recipe.optimizer.model_dump(), ranks=ranks, batch=batch)
 
 
 def ddpo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import Any
 from diffexp.config import Recipe
 from diffexp.errors import UserError, one_line
 from diffexp.sharing.lora_header import without_paths
+from diffexp.toml import flat
 
 PROJECT = "diffexp"
 RUN_NAME = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
@@ -41,7 +42,7 @@ class Trackers:
         """accelerate's trackers, ready to log."""
         from accelerate import Accelerator
 
-        name, settings = folder.resolve().name, dict(flat(without_paths(recipe.model_dump(mode="json"))))
+        name, settings = folder.resolve().name, plain(without_paths(recipe.model_dump(mode="json")))
         try:
             accelerator = Accelerator(log_with=self.names, project_dir=folder / "logs", cpu=True)
             accelerator.init_trackers(
@@ -90,10 +91,7 @@ def trackers_of(recipe: Recipe) -> list[str]:
     return names
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float]]:
-    """Nested tables as dotted keys; lists as JSON."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield prefix + key, value if isinstance(value, str | int | float) else json.dumps(value)
+def plain(settings: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """What every tracker can keep of nested settings: dotted keys; lists as JSON."""
+    found = {key: value for key, value in flat(settings).items() if value is not None}
+    return {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in found.items()}

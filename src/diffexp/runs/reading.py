@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexp.errors import UserError, cut
-from diffexp.toml import read_tables
+from diffexp.toml import flat, read_tables
 
 TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
 """How the algorithms of the recipes are spelled where people read."""
@@ -114,7 +114,7 @@ class Run:
             algorithm=_algorithm(config),
             strategies=strategies,
             objective=objective if objective in evaluations else next(iter(evaluations), objective),
-            recipe={key: value for key, value in _flat(config) if not _is_incidental(key, bool(strategies))},
+            recipe={key: value for key, value in flat(config).items() if not _is_incidental(key, bool(strategies))},
             metrics=_last_of_each(objects(path / "metrics.jsonl")),
             evaluations=evaluations,
             diversity=_diversity(path / "evaluations.jsonl"),
@@ -149,14 +149,6 @@ def _strategies(config: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     own = str(section.get("strategy", "")).rpartition(":")[2]
     return tuple(part for part in ("guidance", "words") if part in section) + (own,) * bool(own)
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in sorted(section.items()):
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _is_incidental(key: str, explores: bool) -> bool:
