@@ -25,6 +25,7 @@ from typing import Any
 WEIGHTS = Path(__file__).resolve().parents[1] / "src" / "diffexp" / "emoji" / "weights"
 PROMPT = "a dolphin riding a bike"
 LEARNED, GUIDANCE = 3, 5.0
+MEMORY = 8  # images whose graph AlignProp keeps at once: changes no gradient; TRL has recomputation in its place
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -54,7 +55,8 @@ def ours(algorithm: str, precision: str, samples: int, steps: int) -> Callable[[
     alike |= {"model.precision": precision, "rollout.batch": samples, "update.batch": samples}
     own = {"algorithm.minibatches": 1, "algorithm.advantages": "batch"}
     if algorithm == "alignprop":
-        own = {"algorithm.truncation": "fixed", "algorithm.last_steps": LEARNED, "update.checkpoint": []}
+        own = {"algorithm.truncation": "fixed", "algorithm.last_steps": LEARNED}
+        own |= {"update.checkpoint": [], "update.batch": MEMORY}
     recipe = Recipe.load(f"emoji-{algorithm}", alike | own)
     model = assembly.model(recipe)
     assembly.make_trainable(recipe, model)

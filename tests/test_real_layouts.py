@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,17 @@ import pytest
 import torch
 from huggingface_hub import constants
 from plaindiffusers import cat_of_diffusers, our_cat
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import write_hub_cache, write_original
 
-from diffexp import models, train
+from diffexp import commands, models, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.models import hub, loading
 from diffexp.models.base import Source
+from diffexp.processes.interruption import Interrupted
+from diffexp.terminal.reporter import Reporter
 
 KINDS = ("sd15", "sd21", "sdxl")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -47,6 +53,19 @@ def recipe(path: str, algorithm: str | dict[str, Any], **changes: Any) -> Recipe
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def base_commit_of(run: Path) -> str:
+    """What the LoRA file says that it was trained on."""
+    with safe_open(run / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
+        return file.metadata()["diffexp.base_commit"]
+
+
+class Stopping(Reporter):
+    """Stops the run in its first iteration, as SIGTERM does."""
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -99,11 +118,34 @@ def test_sizes_other_than_square_are_diffusers(one: Path) -> None:
     torch.testing.assert_close(cat_of_diffusers(one, path), path.images, rtol=0, atol=1e-5)
 
 
-def test_training_from_the_hubs_cache_without_a_network(kind: str, folder: Path, offline: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_training_from_the_hubs_cache_without_a_network(
+    kind: str, folder: Path, algorithm: str, offline: Path, tmp_path: Path
+) -> None:
     write_hub_cache(offline, "someone/model", folder, COMMIT)
-    run = train(recipe("someone/model", "ddpo", iterations=1), tmp_path / "run")
+    run = train(recipe("someone/model", algorithm, iterations=1), tmp_path / "run")
     assert "diffexp train --like" in (run / "lora" / "README.md").read_text()
     assert COMMIT in (run / "lora" / "README.md").read_text(), "the card names the commit of the base model"
+    assert base_commit_of(run) == COMMIT
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with(one: Path, offline: Path, tmp_path: Path) -> None:
+    """The hub's branch moves while the run is stopped: to other weights, that the cache has by then."""
+    write_hub_cache(offline, "someone/model", one, COMMIT)
+    settings, run = recipe("someone/model", "ddpo"), tmp_path / "run"
+    whole = train(settings, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="stopped after iteration 1"):
+        train(settings, run, Stopping())
+    other, moved = write_original(tmp_path / "other", "sdxl"), "b" * 40
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: 2 * tensor for key, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    write_hub_cache(offline, "someone/model", other, moved)
+    assert hub.locate("someone/model", None)[1].commit == moved
+    train(settings, run)
+    assert base_commit_of(run) == COMMIT
+    assert [line["reward_mean"] for line in metrics(run)] == [line["reward_mean"] for line in metrics(whole)]
+    assert commands.open_painter(str(run), ()).sampler.model.source.commit == COMMIT
+    assert commands.open_painter(str(run), ["model.revision=main"]).sampler.model.source.commit == moved
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
@@ -116,7 +158,7 @@ def test_a_revision_is_resolved_to_its_commit(revision: str | None, one: Path, o
 
 def test_what_is_not_cached_is_one_clear_line(one: Path, offline: Path) -> None:
     write_hub_cache(offline, "someone/model", one, COMMIT)
-    with pytest.raises(UserError, match=r"model.path = 'someone/model': neither a folder nor a model that the hub"):
+    with pytest.raises(UserError, match="hub or its cache has at revision 'another'"):
         models.load("someone/model", revision="another")
     with pytest.raises(UserError, match="neither a folder nor"):
         models.load("someone/else")

@@ -160,6 +160,6 @@ def write_hub_cache(cache: Path, repo: str, folder: Path, commit: str, branch: s
         link = snapshot / file.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)
-    (root / "refs").mkdir()
+    (root / "refs").mkdir(exist_ok=True)
     (root / "refs" / branch).write_text(commit)
     return snapshot

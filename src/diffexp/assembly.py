@@ -28,11 +28,11 @@ from diffexp.settings import AlignPropSettings, DDPOSettings, OwnAlgorithmSettin
 from diffexp.sharing.lora_header import DIFFUSERS_FILE
 
 
-def model(recipe: Recipe) -> TextToImage:
-    """The frozen model, without an adapter."""
+def model(recipe: Recipe, commit: str | None = None) -> TextToImage:
+    """The frozen model, without an adapter; the hub's at a ``commit`` rather than at what its revision is now."""
     settings = recipe.model
     where, whole = str(device(recipe.device)), settings.train == "unet"
-    return models.load(settings.path, settings.precision, where, settings.revision, settings.variant, whole)
+    return models.load(settings.path, settings.precision, where, commit or settings.revision, settings.variant, whole)
 
 
 def make_trainable(recipe: Recipe, of: TextToImage) -> None:

@@ -32,6 +32,7 @@ from diffexp.rewards.features import encoder_of, thumbnails
 from diffexp.rewards.spec import check_name
 from diffexp.rollout import Batch, Sampler
 from diffexp.runs import runfolder
+from diffexp.runs.environment import base_commit
 from diffexp.runs.records import CONFIG, grid, save_images, to_images
 from diffexp.sharing.lora_header import LoraHeader
 from diffexp.sharing.lora_header import like as recipe_like
@@ -113,7 +114,8 @@ def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
     if config.is_file():
         recipe = Recipe.parse(read_toml(config), str(config), changes)
         refuse_code(recipe, Path(target))
-        model = assembly.model(recipe)
+        commit = None if "model.revision" in changes else base_commit(Path(target), recipe.model.path)
+        model = assembly.model(recipe, commit)
         assembly.load_trained(recipe, model, Path(target))
     else:
         steps = {"steps": emoji.STEPS} if target in emoji.MODELS else {}

@@ -27,8 +27,8 @@ from diffexp.rewards.base import score_or_nan
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
 from diffexp.runs import durable
+from diffexp.runs.environment import base_commit, peak_memory
 from diffexp.runs.environment import describe as describe_environment
-from diffexp.runs.environment import peak_memory
 from diffexp.runs.keeper import Keeper, State
 from diffexp.runs.ledger import describe as describe_exploration
 from diffexp.runs.provenance import changes, made_with
@@ -57,7 +57,7 @@ class Training:
             raise UserError(f"samples = {recipe.samples}: {self.ranks.size} processes need at least one each")
         trackers_of(recipe)  # says what is missing before anything is loaded
         self.prompts = prompts.load(recipe.prompts)
-        self.model = assembly.model(recipe)
+        self.model = assembly.model(recipe, base_commit(folder, recipe.model.path))
         self.texts = self.model.encode(self.prompts)
         self.sampler = assembly.sampler(recipe, self.model)
         self.exploration = assembly.exploration(recipe, self.sampler)
@@ -78,7 +78,7 @@ class Training:
         self.batches = self.rollouts, self.learner.batch
         self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score, self.rollouts)
         self.interruption = Interruption(self.reporter.warned, self.pause)
-        self.made_with = made_with(self.model.device)
+        self.made_with = made_with(self.model.device) | self.model.source.record()
         self.iteration = self.queries = 0
         self.observed = False
         self.published: int | None = None  # the iteration of the files in the folder of what is trained
@@ -281,7 +281,7 @@ class Training:
         """
         if self.ranks.main:
             control.take(self.folder)  # what was asked of an earlier process is not asked of this one
-            environment = describe_environment(self.model.device, self.ranks.size)
+            environment = describe_environment(self.model.device, self.ranks.size) | self.model.source.record()
             durable.replace(self.folder / ENVIRONMENT, json.dumps(environment, indent=1).encode())
         self.ranks.wait()
         shared = f"--out {self.folder} must be one folder, on a file system that all machines of the run share"

@@ -35,6 +35,10 @@ class Source(NamedTuple):
     name: str
     commit: str | None = None
 
+    def record(self) -> dict[str, str]:
+        """What a run keeps of it, to go on with the same weights; nothing of a folder, which says nothing of them."""
+        return {"base_model": self.name, "base_commit": self.commit} if self.commit else {}
+
 
 class TextToImage(ABC):
     """Encodes prompts, predicts noise with classifier-free guidance, decodes latents.

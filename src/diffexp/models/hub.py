@@ -40,8 +40,9 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
     try:
         folder = fetched(name, revision, list(needed_files(variant)))
     except Exception as error:
+        at = f" at revision {revision!r}" if revision else ""
         raise UserError(
-            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has "
+            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has{at} "
             f"({one_line(error.__cause__ or error)}); for a machine without internet, fill the cache on another one: "
             "diffexp download RECIPE"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 from diffexp import prompts as prompt_sets
 from diffexp.errors import UserError
 from diffexp.rewards.spec import parse
+from diffexp.runs import environment
 from diffexp.runs.reading import Measure, Run, objects, read_config
 from diffexp.study.comparison import Arm, arms_of
 
@@ -49,7 +49,7 @@ class Source:
             config=read_config(run.path),
             scores={measure: [lines[q] for q in sorted(lines)] for measure, lines in scores.items()},
             exploration=list(explored.values()),
-            environment=_environment(run.path / "environment.json"),
+            environment=environment.read(run.path),
         )
 
     @property
@@ -182,11 +182,3 @@ def _prompts(name: str) -> tuple[str, ...]:
         return prompt_sets.load(name)
     except (UserError, OSError):  # a file that is not here any more
         return ()
-
-
-def _environment(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

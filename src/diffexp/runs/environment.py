@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffexp.runs.records import ENVIRONMENT
 from diffexp.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
@@ -25,6 +29,25 @@ def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
         "device": device_name(device),
         "processes": processes,
     }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A run folder's ``environment.json``; nothing where it is missing or damaged."""
+    try:
+        found = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def base_commit(folder: Path, model: str) -> str | None:
+    """The commit that the hub's ``model`` had when the run in a folder began; None if it began with no such model.
+
+    A branch moves. Whoever opens the run again wants the weights that it was trained on.
+    """
+    found = read(folder)
+    commit = str(found.get("base_commit"))
+    return commit if found.get("base_model") == model and re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
 def installed(package: str) -> str | None:
