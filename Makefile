@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
-LORA := lora/pytorch_lora_weights.safetensors
+# the last that a run writes
+CARD := lora/README.md
 # two files at a time, with a thread each
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -15,14 +16,14 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 	touch $@
 
 # Two runs from the same seed, one without and one with exploration, and what tells them apart.
-demo: $(DEMO)/baseline/$(LORA) $(DEMO)/diffexp/$(LORA)
+demo: $(DEMO)/baseline/$(CARD) $(DEMO)/diffexp/$(CARD)
 	$(BIN)/diffexp compare $(DEMO)/baseline $(DEMO)/diffexp --out $(DEMO)/comparison
 	@echo "Look at $(DEMO)/comparison/curves.png and grid.png; the LoRA files are in $(DEMO)/diffexp/lora."
 
-$(DEMO)/baseline/$(LORA): .venv/installed
+$(DEMO)/baseline/$(CARD): | .venv/installed
 	$(BIN)/diffexp train demo --out $(DEMO)/baseline
 
-$(DEMO)/diffexp/$(LORA): .venv/installed
+$(DEMO)/diffexp/$(CARD): | .venv/installed
 	$(BIN)/diffexp train demo-diffexp --out $(DEMO)/diffexp
 
 test: .venv/installed

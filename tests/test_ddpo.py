@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ from brightness import brightness
 from conftest import caught_gradient
 from test_rollout import explored
 
-from diffexp import models
+from diffexp import assembly, models
 from diffexp.algorithms import DDPO
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
 from diffexp.algorithms.ddpo import clipped_policy_loss
 from diffexp.algorithms.timesteps import sensitivity, step_weights
+from diffexp.config import Recipe
+from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
 from diffexp.memory import MicroBatch
@@ -59,6 +62,29 @@ def test_prompt_advantages_by_hand() -> None:
     # the buffer holds 3: cat is 5, 9, 9 → mean 23/3, deviation √(32/9)
     third = advantages(["cat", "cat"], torch.tensor([9.0, 9.0]))
     assert third.tolist() == pytest.approx([(9 - 23 / 3) / math.sqrt(32 / 9)] * 2, rel=1e-4)
+
+
+def test_prompts_remember_at_least_as_many_rewards_as_they_need(sampler: Sampler) -> None:
+    recipe = Recipe.parse({"algorithm": {"name": "ddpo", "min_count": 40}, "prompts": "text:x"}, "test")
+    advantages = assembly.algorithm(recipe, sampler, ddpo(sampler).learner, brightness).advantages
+    assert advantages.buffer == 40
+    with pytest.raises(ValueError, match="min_count = 40 is above buffer = 32"):
+        PromptAdvantages(min_count=40)
+
+
+def test_advantages_are_bounded(sampler: Sampler) -> None:
+    bounded = ddpo(sampler, advantage_clip=1.5)
+    rewards = torch.tensor([0.0] * 15 + [16.0])  # mean 1, variance 15: advantages of -0.2582 and 3.873
+    advantages = bounded.advantage(["x"] * 16, rewards)
+    torch.testing.assert_close(advantages, torch.tensor([-0.2582] * 15 + [1.5]), rtol=0, atol=1e-4)
+
+
+def test_nothing_to_learn_from_is_refused(sampler: Sampler) -> None:
+    with pytest.raises(UserError, match=r"no step to learn from: .*eta = 0"):
+        ddpo(replace(sampler, eta=0.0))
+    one = replace(sampler, schedule=sampler.model.schedule(1))
+    with pytest.raises(UserError, match=r"no step to learn from: sampler\.steps = 1"):
+        ddpo(one, timestep_weights="masked")
 
 
 def test_prompt_statistics_survive_a_checkpoint() -> None:

@@ -82,6 +82,12 @@ def test_exploration_ends_after_three_fourths_and_needs_a_strategy() -> None:
     assert not any(Exploration().active(k, 8) for k in range(1, 9))
 
 
+@pytest.mark.parametrize("percent", range(0, 101))
+def test_exploration_ends_at_the_percent_that_was_asked_for(percent: int) -> None:
+    explore = Exploration(words=WordWeighting(), until=percent / 100)
+    assert sum(explore.active(iteration, 100) for iteration in range(1, 101)) == percent
+
+
 def test_noise_has_a_name_and_touches_no_global_generator() -> None:
     before = torch.random.get_rng_state()
     a = randn([generator(0, 1, k, "noise") for k in range(3)], (2, 2), torch.device("cpu"))

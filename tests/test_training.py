@@ -89,6 +89,18 @@ class Stop(Reporter):
             raise KeyboardInterrupt
 
 
+def test_an_ensemble_starts_from_the_same_statistics_with_and_without_exploration(
+    sd_folder: Path, tmp_path: Path
+) -> None:
+    strong = {"guidance": {"fraction": 1.0}, "words": {"low": 1.9, "high": 2.0}}
+    reward, started = f"{Path(__file__).parent / 'brightness.py'}:brightness+jpeg-compressibility", []
+    for explores in (strong, {}):
+        training = Training(recipe(sd_folder, reward=reward, exploration=explores), tmp_path / "run")
+        training.calibrate()
+        started.append(training.reward.state_dict())
+    assert started[0] == started[1]
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_same_seed_same_run_and_resume_is_exact(algorithm: str, sd_folder: Path, tmp_path: Path) -> None:
     settings = recipe(sd_folder, algorithm)

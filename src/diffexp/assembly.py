@@ -115,7 +115,8 @@ def learner(recipe: Recipe, of: TextToImage, ranks: Ranks = ALONE) -> Learner:
 def ddpo(
     recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
 ) -> Algorithm:
-    statistics = PromptAdvantages(min_count=settings.min_count) if settings.advantages == "prompt" else None
+    least = settings.min_count
+    statistics = PromptAdvantages(max(32, least), least) if settings.advantages == "prompt" else None
     return DDPO(
         sampler=one_shape(recipe, on, optimiser),
         learner=optimiser,

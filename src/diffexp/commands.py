@@ -193,7 +193,7 @@ def sample(
     batch = painter.batch(prompts, seed, n)
     if explore:
         exploration = assembly.exploration(painter.recipe, painter.sampler)
-        if exploration == Exploration(until=exploration.until):
+        if exploration.empty:
             raise UserError(f"--explore: {target} explores nothing; --set exploration.guidance.low=1 would")
         batch = batch.explored(exploration)
     make_folder(out)

@@ -9,21 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-def vendi_score(features: ArrayLike) -> float:
-    """The effective number of different images, 1 (all alike) ... n (all orthogonal).
-
-    VS = exp(−Σ λ log λ) for the eigenvalues λ of K/n, K the cosine similarities of the rows of ``features`` (n, d).
-    Friedman and Dieng 2023, "The Vendi Score", with q = 1. It grows with n, so compare equal n only.
-
-    Raises:
-        ValueError: if ``features`` is not (n, d) with n ≥ 1, or a row is zero or not finite.
-    """
-    similarity = _cosines(features)
-    eigenvalues = np.linalg.eigvalsh(similarity / len(similarity))
-    positive = eigenvalues[eigenvalues > 1e-12]  # rounding makes the zeros of a low-rank K slightly negative
-    return float(np.exp(-np.sum(positive * np.log(positive))))
-
-
 def pairwise_diversity(features: ArrayLike) -> float:
     """1 − the mean cosine similarity over the n(n−1)/2 pairs of rows of ``features`` (n, d): 0 (all alike) ... 2.
 

@@ -120,6 +120,12 @@ class Exploration:
     until: float = 0.75
     strategy: Callable[[Any], Any] | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing explores."""
+        return not (self.guidance or self.words or self.strategy)
+
     def active(self, iteration: int, iterations: int) -> bool:
         """Whether the given iteration (counted from 1) of a run of ``iterations`` explores."""
-        return bool(self.guidance or self.words or self.strategy) and iteration <= self.until * iterations
+        last = round(self.until * iterations, 6)  # 0.29 * 100 is 28.999999999999996
+        return not self.empty and iteration <= last

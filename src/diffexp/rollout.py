@@ -91,6 +91,18 @@ class Trajectory(NamedTuple):
     images: Float[Tensor, "B 3 h w"]
 
 
+class Denoised(NamedTuple):
+    """The latents (B, C, H, W) that a batch went through, with their graph, and each step's log-probabilities (B,)."""
+
+    latents: list[Tensor]
+    log_probs: list[Tensor]
+
+    @property
+    def last(self) -> Float[Tensor, "B C H W"]:
+        """The latents that denoising ended at."""
+        return self.latents[-1]
+
+
 @dataclass(frozen=True)
 class Sampler:
     """DDIM over a model's noise schedule; ``eta`` 1 is stochastic, 0 deterministic.
@@ -166,7 +178,7 @@ class Sampler:
         learn: Sequence[bool] | None = None,
         until: int | None = None,
         begun: tuple[int, Tensor] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> Denoised:
         """All latents x_T … x_0 (T+1 of them), and each step's log-probabilities (T; NaN where deterministic).
 
         ``learn[i]`` says whether a gradient reaches the network at step i (default: everywhere that gradients are
@@ -191,7 +203,7 @@ class Sampler:
             with torch.no_grad():
                 unknown = latents[-1].new_full((len(batch.prompts),), torch.nan)
                 log_probs.append(step.log_prob(latents[-1]) if step.std > 0 else unknown)
-        return latents, log_probs
+        return Denoised(latents, log_probs)
 
     @torch.no_grad()
     def rollout(self, batch: Batch, size: int) -> Trajectory:

@@ -42,7 +42,7 @@ class TextEmbedding(NamedTuple):
 
     def unconditional(self) -> TextEmbedding:
         """What stands in for every prompt in the unconditional prediction."""
-        pooled = None if self.pooled is None or self.uncond_pooled is None else self.uncond_pooled
+        pooled = self.uncond_pooled
         return self._replace(
             hidden=self.uncond_hidden.expand_as(self.hidden),
             pooled=None if pooled is None else pooled.expand(len(self.hidden), -1),

@@ -194,6 +194,12 @@ class Training:
 
     def batch(self, iteration: int) -> Batch:
         """What an iteration samples: random prompts, explored while exploration is active."""
+        batch = self.plain_batch(iteration)
+        explores = self.exploration.active(iteration, self.recipe.iterations)
+        return batch.explored(self.exploration) if explores else batch
+
+    def plain_batch(self, iteration: int) -> Batch:
+        """An iteration's random prompts, without exploration."""
         seed, group = self.recipe.seed, self.recipe.rollout.images_per_prompt
         rows = [
             int(torch.randint(len(self.prompts), (), generator=generator(seed, iteration, k // group, "prompt")))
@@ -201,9 +207,7 @@ class Training:
         ]
         keys = [(seed, iteration, k) for k in range(self.recipe.samples)]
         plain = ConstantGuidance(self.recipe.sampler.guidance)
-        batch = Batch([self.prompts[row] for row in rows], self.texts.select(rows), plain, keys)
-        explores = self.exploration.active(iteration, self.recipe.iterations)
-        return batch.explored(self.exploration) if explores else batch
+        return Batch([self.prompts[row] for row in rows], self.texts.select(rows), plain, keys)
 
     def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """The training reward, checked but for its values: the algorithm drops what is not finite."""
@@ -212,7 +216,7 @@ class Training:
     def calibrate(self) -> None:
         """Gives an ensemble's z-scores their first statistics, from the untouched model's images."""
         if isinstance(self.reward, Ensemble):
-            batch = self.batch(0)._replace(guidance=ConstantGuidance(self.recipe.sampler.guidance))
+            batch = self.plain_batch(0)
             images = self.rollouts.fit(partial(self.sampler.rollout, batch)).images
             self.reward.calibrate(images, batch.prompts)
 

@@ -24,13 +24,21 @@ class PromptAdvantages:
 
     Black et al. 2024, section 4.3. While a prompt has fewer than ``min_count`` rewards, the iteration's own mean and
     standard deviation stand in. Statistics belong to the prompt as the user wrote it.
+
+    Raises:
+        ValueError: if ``min_count`` is above ``buffer``, and no prompt could ever have enough.
     """
 
     buffer: int = 32
     min_count: int = 16
     history: dict[str, deque[float]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.min_count > self.buffer:
+            raise ValueError(f"min_count = {self.min_count} is above buffer = {self.buffer}")
+
     def __call__(self, prompts: Sequence[str], rewards: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Remembers the rewards of B samples, then compares each with what its prompt has had, itself included."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer)).append(reward)
         advantages, values = batch_advantages(rewards), rewards.cpu().double()  # MPS has no float64

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.algorithms.base import Algorithm, Outcome, Scorer, reward_metrics
 from diffexp.learner import Learner, Share
 from diffexp.memory import MicroBatch
 from diffexp.randomness import generator, randn
@@ -25,7 +25,7 @@ Truncation = Literal["random", "fixed", "each-step"]
 
 
 @dataclass
-class AlignProp:
+class AlignProp(Algorithm):
     """Maximises the mean reward by gradient ascent through the last K of the sampler's T steps.
 
     ``truncation`` "random" draws K ~ U{1 … last_steps} once an iteration; "fixed" is K = ``last_steps`` (DRaFT-K);
@@ -53,7 +53,7 @@ class AlignProp:
 
         def losses(rows: list[int], count: int) -> Iterator[Share]:
             piece = self.sampler.refreshed(mine.select(rows))
-            latents = self.sampler.denoise(piece, learn, begun=(first, noisy[rows]))[0][-1]
+            latents = self.sampler.denoise(piece, learn, begun=(first, noisy[rows])).last
             for copy, x_0 in enumerate([latents, *self.renoised(piece, latents.detach())]):
                 images = self.sampler.model.decode(x_0)
                 reward = self.reward(images, piece.prompts)
@@ -70,7 +70,7 @@ class AlignProp:
     def denoised(self, batch: Batch, until: int, size: int) -> Tensor:
         """The latents before the step of that index, sampled in pieces of ``size``."""
         chunks = map(self.sampler.refreshed, batch.chunks(size))
-        return torch.cat([self.sampler.denoise(chunk, until=until)[0][-1] for chunk in chunks])
+        return torch.cat([self.sampler.denoise(chunk, until=until).last for chunk in chunks])
 
     def learned_steps(self, batch: Batch) -> list[bool]:
         """For each step, whether a gradient reaches the network there."""
@@ -92,10 +92,3 @@ class AlignProp:
             step = self.sampler.transition(x_t, last, self.sampler.current(piece.prompts, piece.text), w)
             copies.append(step.sample(randn(noise, x_0.shape[1:], x_0.device)))
         return copies
-
-    def state(self) -> dict[str, Any]:
-        """Nothing but parameters and optimiser carries over from one iteration to the next."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what ``state`` returned: nothing."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
-from diffexp.rollout import Batch
-from diffexp.samples import Fault
+from diffexp.memory import MicroBatch
+from diffexp.rollout import Batch, Sampler, Trajectory
+from diffexp.samples import Fault, Samples, faults
 
 Metrics = dict[str, float]
 Scorer = Callable[[Tensor, Sequence[str]], Tensor]  # (images (B, 3, H, W) in [0, 1], prompts) → rewards (B,)
@@ -39,6 +41,20 @@ class Algorithm(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what ``state`` returned."""
+        return
+
+
+def scored_rollout(
+    mine: Batch, samples: Samples, sampler: Sampler, reward: Scorer, memory: MicroBatch
+) -> tuple[Trajectory, Float[Tensor, " B"]]:
+    """This process's share of an iteration, sampled without gradients, and the rewards of all samples.
+
+    Samples of which a latent, the image or the reward is not finite are dropped; their rewards are NaN.
+    """
+    trajectory = memory.fit(partial(sampler.rollout, mine))
+    own = reward(trajectory.images, mine.prompts)
+    samples.drop(faults(latent=trajectory.latents[-1], image=trajectory.images, reward=own))
+    return trajectory, samples.gather(own)
 
 
 def reward_metrics(rewards: Tensor, queries: int) -> Metrics:

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
-from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.algorithms.base import Algorithm, Outcome, Scorer, reward_metrics, scored_rollout
 from diffexp.algorithms.timesteps import Scheme, step_weights
+from diffexp.errors import UserError
 from diffexp.learner import Learner, Share
 from diffexp.memory import MicroBatch
 from diffexp.randomness import generator
 from diffexp.rollout import Batch, Sampler, Trajectory
-from diffexp.samples import faults
 
 
 def clipped_policy_loss(
@@ -30,14 +30,15 @@ def clipped_policy_loss(
 ) -> Float[Tensor, " B"]:
     """max(−A ρ, −A clip(ρ, 1−ξ, 1+ξ)) with the importance ratio ρ = p_θ / p_old and ξ = ``clip``.
 
-    Schulman et al. 2017 (PPO), Eq. 7, for each sample.
+    Schulman et al. 2017 (PPO), Eq. 7, for each sample. Log-probabilities are means over a latent's elements, so ρ is
+    the geometric mean of its elements' ratios: that is why so small a ξ as 1e-4 binds.
     """
     ratio = torch.exp(log_prob - old_log_prob)
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
 @dataclass
-class DDPO:
+class DDPO(Algorithm):
     """Samples a batch without gradients, scores it, and takes optimiser steps on the recorded transitions.
 
     ``clip`` is ξ above, ``advantage_clip`` bounds |A|. Each of ``inner_epochs`` passes over the batch takes
@@ -45,6 +46,9 @@ class DDPO:
     ``timestep_weights`` is how much each step counts in the loss (:func:`diffexp.algorithms.timesteps.step_weights`;
     ours, not the paper's). ``kl`` > 0 adds that many times KL(p_θ ‖ p_base) of every transition: DPOK (Fan et al.
     2023), at the cost of one more forward pass.
+
+    Raises:
+        UserError: if no step is left to learn from.
     """
 
     sampler: Sampler
@@ -59,14 +63,19 @@ class DDPO:
     kl: float = 0.0
     rollout_batch: MicroBatch = field(default_factory=lambda: MicroBatch(8, "rollout.batch"))
 
+    def __post_init__(self) -> None:
+        if not self.learned_steps():
+            raise UserError(
+                f"ddpo has no step to learn from: sampler.steps = {self.sampler.steps}, sampler.eta = "
+                f"{self.sampler.eta}, algorithm.timestep_weights = {self.timestep_weights!r}; raise eta above 0, or "
+                "take more steps"
+            )
+
     def step(self, batch: Batch) -> Outcome:
         """One iteration: rollout, reward, update. Costs one reward query a sample."""
         samples = self.learner.samples(batch.prompts)
         mine = batch.select(samples.own)
-        trajectory = self.rollout_batch.fit(partial(self.sampler.rollout, mine))
-        own = self.reward(trajectory.images, mine.prompts)
-        samples.drop(faults(latent=trajectory.latents[-1], image=trajectory.images, reward=own))
-        rewards = samples.gather(own)
+        trajectory, rewards = scored_rollout(mine, samples, self.sampler, self.reward, self.rollout_batch)
         advantages = self.advantage(batch.prompts, rewards)[samples.own]
         losses = partial(self.losses, trajectory, advantages)
         names = ("ratio_deviation", "clip_fraction", "approx_kl", *["kl_to_base"] * bool(self.kl))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.algorithms.base import Algorithm, Outcome, Scorer, reward_metrics
 from diffexp.diffusion import denoised
 from diffexp.learner import Learner, Share
 from diffexp.randomness import generator
@@ -20,7 +19,7 @@ from diffexp.rollout import Batch, Sampler
 
 
 @dataclass
-class ReFL:
+class ReFL(Algorithm):
     """Denoises to one step of the last ``last_steps``, drawn once an iteration, and scores x̂_0 as predicted there.
 
     The gradient passes the decoder and a single network call.
@@ -41,7 +40,7 @@ class ReFL:
         def losses(rows: list[int], count: int) -> Iterator[Share]:
             piece = self.sampler.refreshed(mine.select(rows))
             with torch.no_grad():
-                x_t = self.sampler.denoise(piece, until=i)[0][-1]
+                x_t = self.sampler.denoise(piece, until=i).last
             output = self.sampler.model.predict(x_t, t, piece.text, w)
             x_0, _ = denoised(schedule.prediction_type, schedule.alpha_bar[i], x_t, output)
             images = self.sampler.model.decode(x_0)
@@ -58,10 +57,3 @@ class ReFL:
         """The index of the step that learns, uniform over the last ``last_steps``."""
         draw = torch.randint(self.last_steps, (), generator=generator(*batch.keys[0], "refl"))
         return self.sampler.steps - 1 - int(draw)
-
-    def state(self) -> dict[str, Any]:
-        """Nothing but parameters and optimiser carries over from one iteration to the next."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what ``state`` returned: nothing."""

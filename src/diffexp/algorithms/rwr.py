@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffexp.algorithms.base import Outcome, Scorer, reward_metrics
+from diffexp.algorithms.base import Algorithm, Outcome, Scorer, reward_metrics, scored_rollout
 from diffexp.learner import Learner, Share
 from diffexp.memory import MicroBatch
 from diffexp.randomness import generator, randn
 from diffexp.rollout import Batch, Sampler
-from diffexp.samples import faults
 
 
 def regression_weights(rewards: Float[Tensor, " B"], temperature: float) -> Float[Tensor, " B"]:
@@ -29,7 +26,7 @@ def regression_weights(rewards: Float[Tensor, " B"], temperature: float) -> Floa
 
 
 @dataclass
-class RewardWeightedRegression:
+class RewardWeightedRegression(Algorithm):
     """min E[weight(r) ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t, c)‖²] over the samples of each iteration.
 
     Each sample is noised to ``draws`` random timesteps of the sampler, and the conditional prediction alone learns.
@@ -46,10 +43,7 @@ class RewardWeightedRegression:
         """One iteration: rollout, reward, one regression step. Costs one reward query a sample."""
         samples = self.learner.samples(batch.prompts)
         mine = batch.select(samples.own)
-        trajectory = self.rollout_batch.fit(partial(self.sampler.rollout, mine))
-        own = self.reward(trajectory.images, mine.prompts)
-        samples.drop(faults(latent=trajectory.latents[-1], image=trajectory.images, reward=own))
-        rewards = samples.gather(own)
+        trajectory, rewards = scored_rollout(mine, samples, self.sampler, self.reward, self.rollout_batch)
         weights = torch.zeros_like(rewards)
         weights[rewards.isfinite()] = regression_weights(rewards[rewards.isfinite()], self.temperature)
         weights = weights[samples.own]
@@ -77,10 +71,3 @@ class RewardWeightedRegression:
         """The k-th timestep of an iteration, one from each of ``draws`` equal parts of the schedule."""
         draw = float(torch.rand((), generator=generator(*batch.keys[0], "regression step", k)))
         return int((k + draw) / self.draws * self.sampler.steps)
-
-    def state(self) -> dict[str, Any]:
-        """Nothing but parameters and optimiser carries over from one iteration to the next."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what ``state`` returned: nothing."""

@@ -75,7 +75,6 @@ class Ensemble:
         self.name = name or "+".join(names)
         self.differentiable = all(reward.differentiable for reward in rewards)
         self.statistics = {name: Statistics() for name in names}
-        self.frozen = False
         self.observed: list[Tensor] = []  # the members' scores (B, R) inside an ``observing`` block
         self._observing = False
 
@@ -99,12 +98,10 @@ class Ensemble:
         return total / sum(abs(weight) for weight in self.weights)
 
     def observe(self, scores: Tensor) -> None:
-        """Move the statistics by the members' scores (B, R), unless they are frozen.
+        """Move the statistics by the members' scores (B, R).
 
         An image that one member can't score counts for none: it takes no part in training.
         """
-        if self.frozen:
-            return
         scores = scores[scores.isfinite().all(1)]
         for column, name in zip(scores.T, self.statistics, strict=True):
             self.statistics[name] = self.statistics[name].merge(Statistics.of(column))
@@ -130,13 +127,9 @@ class Ensemble:
             self._observing = False
             self.observed.clear()
 
-    def freeze(self) -> None:
-        """Keep the statistics as they are from now on."""
-        self.frozen = True
-
     def state_dict(self) -> dict[str, float]:
         """The statistics as plain numbers, for a checkpoint."""
-        state = {"frozen": float(self.frozen)}
+        state = {}
         for name, statistics in self.statistics.items():
             state[f"{name}.count"] = statistics.count
             state[f"{name}.mean"] = statistics.mean
@@ -149,9 +142,8 @@ class Ensemble:
         Raises:
             UserError: if the state is that of another ensemble.
         """
-        if state.keys() != self.state_dict().keys():
+        if state.keys() - {"frozen"} != self.state_dict().keys():  # 0.1.0 kept that, too
             raise UserError(f"the saved statistics are not those of the reward {self.name!r}: {', '.join(state)}")
-        self.frozen = bool(state["frozen"])
         for name in self.statistics:
             fields = (state[f"{name}.{field}"] for field in ("count", "mean", "deviations"))
             self.statistics[name] = Statistics(*fields)
