@@ -7,12 +7,12 @@ CARD := lora/README.md
 # two files at a time, with a thread each
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test check docs dist format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 # Two runs from the same seed, one without and one with exploration, and what tells them apart.
@@ -37,9 +37,18 @@ check: .venv/installed
 	$(TESTS)
 
 docs: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/python -m tools.docs
 	@echo "Look at site/index.html."
+
+# The wheel in an environment of its own, with nothing of this folder in sight.
+dist: .venv/installed
+	rm -rf dist build/dist
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/dist
+	build/dist/bin/pip install --quiet --constraint constraints.txt torch
+	build/dist/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build/dist && bin/diffexp sample emoji --prompt "a cat" --n 1 --out painted
+	@ls -l dist
 
 format: .venv/installed
 	$(BIN)/ruff check --fix
