@@ -12,6 +12,7 @@ from conftest import disturb
 from plaindiffusers import cat_of_diffusers, our_cat
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
+from tiny import write_original
 
 from diffexp import models
 from diffexp.errors import UserError
@@ -25,6 +26,12 @@ def with_lora(model: TextToImage, text_targets: Sequence[str] = ()) -> TextToIma
     lora.add(model, rank=2, alpha=6, seed=3, text_targets=text_targets)
     disturb(model)
     return model
+
+
+@pytest.fixture(scope="module")
+def sd21_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A v-prediction model with linear projections around its attention."""
+    return write_original(tmp_path_factory.mktemp("original") / "sd21", "sd21")
 
 
 def test_a_new_adapter_changes_nothing_and_its_seed_decides_it(model: TextToImage) -> None:
@@ -46,7 +53,7 @@ def test_only_the_adapter_trains(model: TextToImage) -> None:
     assert not any(p.requires_grad for p in frozen)
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("kind", ["sd", "sd21", "xl"])
 @pytest.mark.parametrize("file", ["folder", "kohya"])
 def test_plain_diffusers_paints_the_same_image(
     kind: str, file: str, tmp_path: Path, request: pytest.FixtureRequest
