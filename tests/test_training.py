@@ -19,7 +19,12 @@ from diffexp.runs import checkpoint
 from diffexp.terminal.reporter import Reporter
 from diffexp.training import Training
 
-ALGORITHMS = {"ddpo": {"name": "ddpo"}, "alignprop": {"name": "alignprop", "last_steps": 2}}
+ALGORITHMS = {
+    "ddpo": {"name": "ddpo"},
+    "alignprop": {"name": "alignprop", "last_steps": 2},
+    "refl": {"name": "refl", "last_steps": 2},
+    "rwr": {"name": "rwr"},
+}
 
 
 def recipe(folder: Path, algorithm: str = "ddpo", **changes: Any) -> Recipe:
