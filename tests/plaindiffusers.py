@@ -23,6 +23,14 @@ def our_cat(model: TextToImage, steps: int = 2, size: tuple[int, int] | None = N
 
 def cat_of_diffusers(folder: Path, path: Trajectory, lora: Path | None = None) -> torch.Tensor:
     """The images (1, 3, H, W) that diffusers paints from the noise of ``path``, with the LoRA in a file or folder."""
+    *_, height, width = path.images.shape
+    return cat_from_noise(folder, path.latents[0], len(path.latents) - 1, (height, width), lora)
+
+
+def cat_from_noise(
+    folder: Path, noise: torch.Tensor, steps: int, size: tuple[int, int], lora: Path | None = None
+) -> torch.Tensor:
+    """The same from ``noise`` (1, 4, h, w) in so many steps; ``size`` is height and width in pixels."""
     xl = json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionXLPipeline"
     pipeline = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(
         folder, local_files_only=True
@@ -31,14 +39,13 @@ def cat_of_diffusers(folder: Path, path: Trajectory, lora: Path | None = None) -
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     if lora:
         pipeline.load_lora_weights(lora)
-    *_, height, width = path.images.shape
     painted = pipeline(
         "a cat",
-        height=height,
-        width=width,
-        num_inference_steps=len(path.latents) - 1,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=steps,
         guidance_scale=GUIDANCE,
-        latents=path.latents[0],
+        latents=noise,
         output_type="np",
     )
     return torch.from_numpy(painted.images).permute(0, 3, 1, 2)

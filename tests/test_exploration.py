@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffexp import models
 from diffexp.exploration import ConstantGuidance, Exploration, StepGuidance, WordChoice, WordWeighting
 from diffexp.randomness import generator, randn
 from diffexp.text import TextEmbedding
@@ -51,6 +55,28 @@ def test_eq8_by_token_weights_one_token_of_the_word() -> None:
     weighting = WordWeighting(unit="token")
     after = weighting.apply(text([[(1,), (2, 3)]]), WordChoice(word=[2], weight=[1.5]))
     assert after.hidden[0].tolist() == [[0, 1], [2, 3], [4, 5], [9.5, 11.0], [8, 9]]
+
+
+def test_eq8_moves_a_word_in_both_encoders_of_sdxl_and_not_the_pooled_embedding(xl_folder: Path) -> None:
+    """Eq. 8 by hand on what transformers' own encoders say: c_null + 1.5 (c − c_null) in each half's columns."""
+    prompt, position, w = "a cat riding a bike", 2, 1.5  # BOS, "a", "cat"
+    halves = []
+    for number, cls in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        tokenizer = CLIPTokenizer.from_pretrained(xl_folder / f"tokenizer{number}")
+        ids = tokenizer([prompt, ""], padding="max_length", return_tensors="pt").input_ids
+        assert tokenizer.decode(ids[0, position]) == "cat"
+        encoder = cls.from_pretrained(xl_folder / f"text_encoder{number}")
+        with torch.no_grad():
+            encoded = encoder(ids, output_hidden_states=True)
+        states, null = encoded.hidden_states[-2]
+        moved = states.clone()
+        moved[position] = null[position] + w * (states[position] - null[position])
+        assert (moved - states).abs().max() > 0.1, "the weight must matter in this half"
+        halves.append(moved)
+    text = models.load(str(xl_folder)).encode([prompt])
+    after = WordWeighting().apply(text, WordChoice(word=[1], weight=[w]))
+    torch.testing.assert_close(after.hidden[0], torch.cat(halves, dim=-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(after.pooled[0], encoded.text_embeds[0], rtol=0, atol=1e-5)
 
 
 def test_weight_one_changes_nothing_and_wordless_prompts_survive() -> None:

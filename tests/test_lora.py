@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from commandline import Command, tiny
 from conftest import disturb
-from plaindiffusers import cat_of_diffusers, our_cat
+from plaindiffusers import GUIDANCE, cat_from_noise, cat_of_diffusers, our_cat
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 from tiny import write_original
@@ -18,6 +20,8 @@ from diffexp import models
 from diffexp.errors import UserError
 from diffexp.models import TextToImage, lora
 from diffexp.models.header import put_in_order
+from diffexp.pictures import open_png
+from diffexp.randomness import generator
 from diffexp.runs.records import to_images
 from diffexp.sharing.lora_header import METADATA_KEY
 
@@ -67,6 +71,29 @@ def test_plain_diffusers_paints_the_same_image(
     painted = cat_of_diffusers(folder, path, tmp_path if file == "folder" else kohya)
     torch.testing.assert_close(painted, path.images, rtol=0, atol=tolerance)
     assert (painted - cat_of_diffusers(folder, path)).abs().max() > 10 * tolerance, "the adapter must matter"
+
+
+def test_what_sample_paints_of_a_run_plain_diffusers_paints_too(
+    sd_folder: Path, tmp_path: Path, diffexp: Command
+) -> None:
+    """From the training to the file and the image, with no code of ours on the other side but the noise's key."""
+    run, out, steps = tmp_path / "run", tmp_path / "painted", 4
+    changes = {
+        "reward": f"{Path(__file__).parent / 'brightness.py'}:brightness",
+        "algorithm__last_steps": 1,
+        "optimizer__learning_rate": 0.1,
+        "sampler__steps": steps,
+        "sampler__guidance": GUIDANCE,
+        "sampler__eta": 0.0,
+    }
+    assert diffexp("train", "emoji-alignprop", *tiny(sd_folder, **changes), "--out", str(run)).code == 0
+    assert diffexp("sample", str(run), "--prompt", "a cat", "--n", "1", "--seed", "3", "--out", str(out)).code == 0
+    ours = torch.from_numpy(np.array(open_png(out / "0.png"))).permute(2, 0, 1)[None] / 255
+    noise = torch.randn(1, 4, 8, 8, generator=generator(3, "sample", 0, "noise"))
+    painted = cat_from_noise(sd_folder, noise, steps, (16, 16), run / "lora")
+    torch.testing.assert_close(painted, ours, rtol=0, atol=1 / 255)
+    untouched = cat_from_noise(sd_folder, noise, steps, (16, 16))
+    assert (painted - untouched).abs().max() > 10 / 255, "the training must matter"
 
 
 def test_kohya_keys_are_complete_and_carry_the_true_alpha(model: TextToImage, tmp_path: Path) -> None:
