@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import disturb
+from safetensors.torch import load_file
 from test_real_layouts import metrics, recipe
 
 from diffexp import assembly, models, train
@@ -61,6 +62,19 @@ def test_a_recipe_in_bf16_starts_on_policy(xl_folder: Path, tmp_path: Path) -> N
     line = metrics(train(recipe(str(xl_folder), "ddpo", **changes), tmp_path / "run"))[0]
     assert (line["ratio_deviation"], line["clip_fraction"]) == (0, 0)
     assert line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])
+def test_a_recipe_in_fp16_learns(algorithm: str, xl_folder: Path, tmp_path: Path) -> None:
+    """On a network without extremes no loss scaling is needed: every matrix of the adapter gets its gradient."""
+    changes = {"model.precision": "fp16", "iterations": 1, "lora.rank": 2}
+    run = train(recipe(str(xl_folder), algorithm, **changes), tmp_path / "run")
+    line = metrics(run)[0]
+    assert line["grad_norm"] > 0
+    assert line["dropped"] == 0
+    assert line.get("ratio_deviation", 0) == 0
+    tensors = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    assert all(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name), "B was zero before"
 
 
 @pytest.mark.parametrize(
