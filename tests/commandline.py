@@ -9,11 +9,12 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
 
 from diffexp import cli, train
 from diffexp.config import Recipe
@@ -97,6 +98,19 @@ def make_read_only(folder: Path, patch: pytest.MonkeyPatch, code: int = errno.ER
         patch.setattr(owner, name, guarded(getattr(owner, name), to_write))
     for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "symlink", "truncate", "utime"):
         patch.setattr(os, name, guarded(getattr(os, name), lambda *_, **__: True))
+
+
+def commands(app: typer.Typer, *above: str) -> Iterator[list[str]]:
+    """Every command, with the group that it is in, and every group that is a command itself."""
+    for command in app.registered_commands:
+        if command.callback:
+            yield [*above, command.name or command.callback.__name__.replace("_", "-")]
+    for group in app.registered_groups:
+        if group.typer_instance:
+            inside = [*above, *[group.name] * isinstance(group.name, str)]
+            if group.typer_instance.registered_callback and inside:
+                yield inside
+            yield from commands(group.typer_instance, *inside)
 
 
 def sets(**changes: Any) -> list[str]:

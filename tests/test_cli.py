@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from brightness import brightness
+from commandline import commands
 from typer.testing import CliRunner
 
 from diffexp import cli
@@ -48,31 +49,11 @@ def test_help_needs_no_heavy_library() -> None:
     assert loaded.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train",
-        "evaluate",
-        "sample",
-        "explore",
-        "compare",
-        "reproduce",
-        "show",
-        "download",
-        "recipes",
-        "prompts",
-        "rewards",
-        "serve-reward",
-        "ctl",
-        "push",
-        "doctor",
-        "config-schema",
-    ],
-)
-def test_every_command_has_help_with_an_example(command: str) -> None:
-    result = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
+@pytest.mark.parametrize("command", [*commands(cli.app)], ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*command, "--help"], terminal_width=200)
     assert result.exit_code == 0
-    assert f"Example: diffexp {command}" in " ".join(result.stdout.split())
+    assert f"Example: diffexp {' '.join(command)}" in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -80,6 +61,19 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 )
 def test_lists(command: str, expected: str) -> None:
     assert expected in CliRunner().invoke(cli.app, [command]).stdout
+
+
+def test_the_prompts_of_a_set_or_a_file_one_a_line(tmp_path: Path) -> None:
+    def said(name: object) -> list[str]:
+        return CliRunner().invoke(cli.app, ["prompts", str(name)]).stdout.split("\n")[:-1]
+
+    unseen = said("animal-activities-unseen")
+    assert len(unseen) == 18
+    assert "a cheetah doing laundry" in unseen
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a cat\\nriding\u2028a bike"}\n{"prompt": "a \u202edog"}\n', encoding="utf-8")
+    assert said(file) == ["a cat riding a bike", "a ?dog"]
+    assert said("text:a cat") == ["a cat"]
 
 
 def test_download(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sd_folder: Path) -> None:

@@ -44,11 +44,23 @@ def copy(
 
 
 @lists.command("prompts")
-def list_prompts() -> None:
-    """List the prompt sets. Example: diffexp prompts"""
-    from diffexp.prompts import available
+def list_prompts(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A prompt set, or a file of prompts.", metavar="[NAME]", autocompletion=completion.prompts),
+    ] = None,
+) -> None:
+    """List the prompt sets, or print the prompts of one, one a line.
 
-    print_table(available())
+    Example: diffexp prompts animal-activities-unseen
+    """
+    from diffexp.errors import printable
+    from diffexp.prompts import available, load
+
+    if name is None:
+        return print_table(available())
+    # a prompt from .jsonl or a table may have line breaks of its own
+    typer.echo("\n".join(printable(" ".join(prompt.split())) for prompt in load(name)))
 
 
 @rewards.callback(invoke_without_command=True)
