@@ -11,14 +11,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
-from commandline import Command, make_read_only, refused, sets, snapshot, tiny
+from commandline import Command, commands, make_read_only, refused, sets, snapshot, tiny
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -109,9 +107,12 @@ ARGUMENTS = [
     ("serve-reward emoji-judge --device tpu9", "device = 'tpu9': not on this machine"),
     ("doctor all", "unexpected extra argument"),
     ("config-schema recipe.json", "unexpected extra argument"),
-    ("rewards check http://127.0.0.1:9", "http://127.0.0.1:9"),
+    ("rewards check http://127.0.0.1:9", "reward server http://127.0.0.1:9 does not answer", "diffexp serve-reward"),
     ("recipes all", "no such command 'all'"),
-    ("prompts all", "unexpected extra argument"),
+    ("prompts animals all", "unexpected extra argument"),
+    ("prompts animles", "unknown prompt set 'animles'", "did you mean 'animals'?"),
+    ("prompts nowhere.txt", "prompts 'nowhere.txt': no such file"),
+    ("prompts file.csv", "which column? write file.csv#column"),
     ("recipes chek", "no such command 'chek'"),
     ("recipes copy", "missing argument", "NAME"),
     ("recipes copy demmo", "unknown recipe 'demmo'"),
@@ -119,7 +120,7 @@ ARGUMENTS = [
     ("recipes copy demo file/my.toml", "FILE file/my.toml: can't write there"),
     ("rewards chek", "no such command 'chek'"),
     ("rewards check", "missing argument", "REWARD"),
-    ("rewards check beauty", "unknown reward 'beauty'", "known:"),
+    ("rewards check beauty", "unknown reward 'beauty'", "`diffexp rewards` lists them"),
     ("rewards check 2*", "empty part"),
     ("rewards check 0*aesthetic", "a weight is a finite number other than 0"),
     ("rewards check aesthetic+aesthetic", "more than once"),
@@ -129,16 +130,6 @@ ARGUMENTS = [
 @pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: case[0])
 def test_arguments(case: tuple[str, ...], place: Path, diffexp: Command) -> None:
     check(diffexp, place, shlex.split(case[0]), *case[1:])
-
-
-def commands(app: typer.Typer, *above: str) -> Iterator[list[str]]:
-    """Every command, with the group that it is in."""
-    for command in app.registered_commands:
-        if command.callback:
-            yield [*above, command.name or command.callback.__name__.replace("_", "-")]
-    for group in app.registered_groups:
-        if group.typer_instance:
-            yield from commands(group.typer_instance, *above, *[group.name] * isinstance(group.name, str))
 
 
 def test_every_command_refuses_what_it_does_not_know(place: Path, diffexp: Command) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from diffexp.rewards.address import is_remote
+from diffexp.rewards.client import Client, Unreachable
+from diffexp.rewards.service import SAFETENSORS
 from diffexp.rewards.sources import Requirement, check
 from diffexp.rewards.spec import parse
 
@@ -25,10 +29,20 @@ def describe(spec: str) -> str:
 
 
 def server(address: str) -> str:
-    """What a reward server says about itself."""
-    from diffexp.rewards.remote import RemoteReward
+    """What a reward server says about itself, asked once: a check does not wait, as a run does.
 
-    return f"{address}\n  serves   {RemoteReward(address, patience=0).describe()}"
+    Raises:
+        UserError: if it does not answer, refuses the token or is no reward server.
+    """
+    with closing(Client(address)) as client:
+        try:
+            service = client.health()
+        except Unreachable as error:
+            raise client.mistake(f"does not answer ({error}); `diffexp serve-reward` starts one") from None
+    name, software = client.clean(service.name), client.clean(service.software)
+    exact = "exactly" if SAFETENSORS in service.images else "as PNG, 8 bits a channel"
+    takes = f"{service.limits.images} images at once, {exact}"
+    return f"{address}\n  serves   {name}, by {software}; takes {takes}; no gradient"
 
 
 def paragraph(need: Requirement) -> str:

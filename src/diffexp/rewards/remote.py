@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffexp.rewards.client import LONGEST_ANSWER, LONGEST_SCORE, Client, Request, Unreachable
 from diffexp.rewards.protocol import encode
-from diffexp.rewards.service import SAFETENSORS, Service
+from diffexp.rewards.service import Service
 
 EXACT = (torch.float32, torch.float16, torch.bfloat16)
 FORM = 4096  # bytes of a request that are neither images nor prompts: more than enough
@@ -96,10 +96,3 @@ class RemoteReward:
             return [math.nan if score is None else float(score) for score in scores]
         except OverflowError:  # JSON's whole numbers have no end
             raise self.client.mistake("answered with a score beyond all floats") from None
-
-    def describe(self) -> str:
-        """One line about the server."""
-        service = self.service or self.client.persist(self.client.health)
-        name, software = self.client.clean(service.name), self.client.clean(service.software)
-        exact = "exactly" if SAFETENSORS in service.images else "as PNG, 8 bits a channel"
-        return f"{name}, by {software}; takes {service.limits.images} images at once, {exact}; no gradient"

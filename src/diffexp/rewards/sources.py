@@ -1,7 +1,8 @@
 """Where the published rewards' weights come from, how big they are and under which licence. Needs no torch.
 
-Every revision is a commit and every pickle has a SHA-256, so that what was checked is what is loaded. The hashes are
-those that public projects pin; where none was found, the user has to vouch for the file.
+What was checked is what is loaded: revisions are commits, and pickles are read only once their SHA-256 was checked. The
+aesthetic predictor's revision is the branch "main", so its SHA-256 alone says that it is the same file. The hashes are
+those that public projects pin; where none was found, as for HPSv2.0, the user has to vouch for the file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CLIP_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one commit of one hub repository. ``size`` is in bytes, rounded; ``sha256`` is that of a pickle."""
+    """Files of one revision of one hub repository. ``size`` is in bytes, rounded; ``sha256`` is that of a pickle."""
 
     what: str
     repo: str

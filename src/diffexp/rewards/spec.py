@@ -91,7 +91,7 @@ def check_name(spec: str) -> None:
         elif ":" in member.name:
             own.check("reward", member.name)
         elif member.name not in SHIPPED:
-            remedy = f"known: {', '.join(SHIPPED)}; or 'file.py:function', or a server as 'http://host:port'"
+            remedy = "`diffexp rewards` lists them; one of your own is 'file.py:function', a server 'http://host:port'"
             raise unknown("reward", member.name, SHIPPED, remedy)
 
 
