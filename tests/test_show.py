@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,9 @@ def test_show_says_what_made_a_lora(
     for expected in ("reward: jpeg-compressibility", "trained: 1 iterations, 2 queries", "threshold = 800.0"):
         assert expected in lines
     assert any(line.startswith("rank, alpha: 2, 6") for line in lines)
+    assert any(line.startswith("further: ") and line.endswith("; --json has their values") for line in lines)
+    (again,) = re.findall(r"`diffexp (train --like .*?)`", out)
+    assert shlex.split(again)[2] == str(run / "lora" / file), "as it was given, to be pasted"
     whole = json.loads(diffexp(capsys, monkeypatch, "show", str(run / "lora" / file), "--json")[1])
     assert whole["metadata"]["diffexp.recipe"]["lora"]["rank"] == 2
     assert len(whole["shapes"]) == len(LoraHeader.read(run / "lora" / file).shapes) > 10

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,7 @@ class LoraHeader:
         """The header as people read it: first the essentials, then the recipe in TOML."""
         get, first = self.metadata.get, next(iter(self.shapes), "none")
         done = [f"{get(key)} {word}" for key, word in ((ITERATIONS, "iterations"), (QUERIES, "queries")) if get(key)]
+        further = sorted(key for key in self.metadata if not key.startswith("diffexp."))
         rows = {
             "file": f"{self.path}, {LAYOUTS[self.layout]}",
             "base model": " at ".join(filter(None, (str(section(self.recipe, "model").get("path", "")), get(COMMIT)))),
@@ -132,11 +134,12 @@ class LoraHeader:
             "rank, alpha": f"{self.rank}, {self.alpha or 'as the rank'}" if self.rank else None,
             "tensors": f"{len(self.shapes)}, such as {first} {self.shapes.get(first, ())}",
             "made by": f"diffexp {get(VERSION)}" if get(VERSION) else None,
-            "further": ", ".join(sorted(key for key in self.metadata if not key.startswith("diffexp."))),
+            "further": f"{', '.join(further)}; --json has their values" if further else None,
         }
         lines = [f"{name + ':':<13}{value}" for name, value in rows.items() if value]
         if self.recipe:
-            lines += ["", f"# the recipe; `diffexp train --like {self.path.name}` repeats it", *toml_lines(self.recipe)]
+            again = f"diffexp train --like {shlex.quote(str(self.path))}"
+            lines += ["", f"# the recipe; `{again}` repeats it", *toml_lines(self.recipe)]
         return printable("\n".join(lines))
 
     def to_json(self) -> str:
