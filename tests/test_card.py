@@ -84,7 +84,38 @@ def test_a_card_names_no_folder_of_this_machine(finished: Path, tmp_path: Path) 
     assert "base_model" not in data, "a folder is no model of the hub"
     assert "license" not in data
     assert "stable-diffusion-xl" in data["tags"]
-    assert 'StableDiffusionXLPipeline.from_pretrained("mine")' in text
+    assert 'StableDiffusionXLPipeline.from_pretrained("path/to/the/base/model")' in text
+    assert "The base model is a folder of the author's own" in text
+
+
+def test_the_example_opens_its_base_model(finished: Path) -> None:
+    """The card's own Python, on the emoji world, whose name means nothing to diffusers; a hub id is as it is."""
+    _, text = write(finished, "emoji", None)
+    (code,) = re.findall(r"```python\n(.*?)\npipeline.load_lora_weights", text, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)  # noqa: S102
+    assert type(found["pipeline"]).__name__ == "StableDiffusionPipeline"
+    assert "folder of the author's own" not in text
+    _, text = write(finished, "someone/model", "c0ffee")
+    assert 'StableDiffusionPipeline.from_pretrained("someone/model", revision="c0ffee")' in text
+    assert "folder of the author's own" not in text
+
+
+@pytest.mark.parametrize("train", ["lora", "unet"])
+@pytest.mark.parametrize("base", ["emoji", "/models/mine"])
+def test_a_blank_line_is_before_every_heading_and_around_every_block(train: str, base: str, finished: Path) -> None:
+    config = finished / "config.toml"
+    config.write_text(Recipe.load(config, {"model.train": train}).to_toml())
+    (finished / "unet").mkdir()
+    _, text = write(finished, base, None)
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if line.startswith("## "):
+            assert (lines[number - 1], lines[number + 1]) == ("", ""), line
+    assert "\n\n\n" not in text
+    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
+    assert all(lines[number - 1] == "" for number in fences[::2])
+    assert all(lines[number + 1] == "" for number in fences[1::2])
 
 
 def test_without_previews_there_is_no_gallery(finished: Path) -> None:

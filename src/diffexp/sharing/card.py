@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffexp import figures
 from diffexp.config import Recipe
+from diffexp.emoji import MODELS
 from diffexp.errors import cut
 from diffexp.markdown import code, plain
 from diffexp.pictures import iterations, open_png
@@ -61,11 +61,13 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     # Markdown, not HTML: there is nothing to escape.
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # noqa: S701
     # Prompts and names may be a stranger's: in text they are plain, in the example they are Python's literals.
-    environment.filters |= {"plain": plain, "code": code, "literal": partial(json.dumps, ensure_ascii=False)}
+    environment.filters |= {"plain": plain, "code": code, "literal": literal}
     text = environment.from_string(template).render(
         front_matter=front_matter(source, recipe, xl, widget),
         name=run.name,
         base=base,
+        shipped=source.name in MODELS,
+        opened=opened(source),
         commit=source.commit,
         whole=recipe.model.train == "unet",
         adapter=adapter(where) if recipe.model.train == "lora" else None,
@@ -86,6 +88,18 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     )
     durable.replace(card, text.encode())  # whole or absent: that it is there says that the run is finished
     return card
+
+
+def opened(source: Source) -> str:
+    """The Python expression that ``from_pretrained`` opens the base model by; a placeholder for a folder here."""
+    if source.name in MODELS:
+        return f"emoji.model_path({literal(source.name)})"
+    return literal(source.name if source.commit else "path/to/the/base/model")
+
+
+def literal(text: str) -> str:
+    """A text as Python writes it in its source."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def adapter(where: Path) -> str:
