@@ -47,7 +47,7 @@ def copy(
 def list_prompts(
     name: Annotated[
         str | None,
-        typer.Argument(help="A prompt set, or a file of prompts.", metavar="[NAME]", autocompletion=completion.prompts),
+        typer.Argument(help="A prompt set, or a file of prompts.", metavar="NAME", autocompletion=completion.prompts),
     ] = None,
 ) -> None:
     """List the prompt sets, or print the prompts of one, one a line.
