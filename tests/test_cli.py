@@ -49,6 +49,16 @@ def test_help_needs_no_heavy_library() -> None:
     assert loaded.strip() == "[]"
 
 
+@pytest.mark.parametrize(("figure", "scale"), [("99", "emoji"), ("4", "sd9"), ("10b", "sd15")])
+def test_a_wrong_figure_is_refused_before_the_heavy_libraries_load(
+    figure: str, scale: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffexp.study.reproduce", None)  # importing it fails
+    code, _, err = run(capsys, monkeypatch, "reproduce", figure, "--scale", scale)
+    assert code == 2
+    assert err.startswith("error: ")
+
+
 @pytest.mark.parametrize("command", [*commands(cli.app)], ids=" ".join)
 def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(cli.app, [*command, "--help"], terminal_width=200)

@@ -187,7 +187,7 @@ def test_prompts_of_the_grids_belong_to_their_tasks() -> None:
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(UserError, match="figure '10b' has no counterpart at --scale sd15: take --scale emoji or"):
         chosen("10b", "sd15")
-    with pytest.raises(UserError, match="2 is a drawing"):
+    with pytest.raises(UserError, match=r"^figure 2 is a drawing of the method: there is nothing to train or to draw$"):
         chosen("2", "emoji")
     with pytest.raises(UserError, match="unknown scale 'sd16': did you mean 'sd15'"):
         chosen("4", "sd16")

@@ -250,12 +250,16 @@ def reproduce(
 
     Example: diffexp reproduce 4 --scale emoji --seeds 3 --dry-run
     """
+    from diffexp.study.experiments import chosen
+    from diffexp.toml import parse_override
+
+    chosen(figure, scale)  # a wrong name is refused at once: the libraries below take seconds to load
+    settings = dict(parse_override(text) for text in overrides or ())
+
     from rich.console import Console
 
     from diffexp.study.reproduce import reproduce
-    from diffexp.toml import parse_override
 
-    settings = dict(parse_override(text) for text in overrides or ())
     with writing("--out", out):
         reproduce(figure, scale, seeds, out, workers, dry_run, settings, Console(), source, store)
 

@@ -336,9 +336,10 @@ def chosen(name: str, scale: str) -> dict[str, Figure]:
     if name in ("all", "ours"):
         found = {key: figure for key, figure in FIGURES.items() if (key in OURS) == (name == "ours")}
         return {key: figure for key, figure in found.items() if has(SCALES[scale], figure)}
+    if name == "2":
+        raise UserError("figure 2 is a drawing of the method: there is nothing to train or to draw")
     if name not in FIGURES:
-        known = f"known: {', '.join(FIGURES)}, all and ours"
-        raise unknown("figure", name, FIGURES, f"{known}; 2 is a drawing of the method")
+        raise unknown("figure", name, FIGURES, f"known: {', '.join(FIGURES)}, all and ours")
     if not has(SCALES[scale], FIGURES[name]):
         others = " or ".join(f"--scale {key}" for key in SCALES if has(SCALES[key], FIGURES[name]))
         raise UserError(f"figure {name!r} has no counterpart at --scale {scale}: take {others}")
