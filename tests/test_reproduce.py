@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from brightness import brightness
+from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
+from tiny import write_hub_cache
 
+from diffexp import models
+from diffexp.commands import Painter
 from diffexp.config import Recipe
 from diffexp.errors import UserError
+from diffexp.rollout import Batch
+from diffexp.study import drawing as drawn_by
 from diffexp.study import pace
 from diffexp.study import reproduce as reproduction
 from diffexp.study.drawing import Drawing
-from diffexp.study.experiments import Bars, Panel, arms, jobs
+from diffexp.study.experiments import FIGURES, Bars, Grid, Panel, Strategies, arms, jobs, paintings
 from diffexp.study.pace import Spent, Times, Work
 from diffexp.study.reproduce import State, Trainer, painted, reproduce
 from diffexp.study.scales import SCALES
@@ -47,11 +54,13 @@ def tiny(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def call(figure: str, out: Path, settings: dict[str, Any], seeds: int = 1, dry_run: bool = False) -> str:
+def call(
+    figure: str, out: Path, settings: dict[str, Any], seeds: int = 1, dry_run: bool = False, scale: str = "emoji"
+) -> str:
     """What ``reproduce`` says."""
     console = Console(record=True, width=200, quiet=False)
     with console.capture() as capture:
-        reproduce(figure, "emoji", seeds, out, 2, dry_run, settings, console)
+        reproduce(figure, scale, seeds, out, 2, dry_run, settings, console)
     return capture.get()
 
 
@@ -174,8 +183,143 @@ def test_a_dry_run_measures_what_is_not_known(tmp_path: Path, sd_folder: Path, m
     # a run: 2 x 2 images to train on at 2 s, 3 x 2 x 2 to evaluate at 1 s
     assert "expected time, 2 at a time: 20 s" in said
     assert not (tmp_path / "emoji").exists()
-    monkeypatch.setattr(Recipe, "to_toml", lambda *_: pytest.fail("nothing is tried"))
-    Times(tmp_path / "none").try_out([Recipe(model={"path": "org/name"})], 2)
+
+
+def test_a_dry_run_counts_and_times_what_is_painted_to_draw(
+    tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 2 s an image of training and 1 s a painted one, where the runs go two at a time and drawing follows them."""
+    monkeypatch.setattr(pace, "trials", lambda _, workers: [Spent(8.0, 4.0)] * workers)
+    said = call("3", tmp_path, tiny(sd_folder), dry_run=True)
+    assert "figure 3: Guidance strategies; 24 images are painted to draw it" in said, "three rows of eight"
+    assert "0 runs, 0 finished; the others: 0 queries, 0 evaluated images; drawing: 24 images" in said
+    assert "expected time, 2 at a time: 24 s" in said
+    said = call("8", tmp_path, tiny(sd_folder), dry_run=True)
+    # two prompts, three rows of four; and two runs of 2 x 2 images to train on and 3 x 2 x 2 to evaluate
+    assert "figure 8: DrawBench samples; 24 images are painted to draw it" in said
+    assert "expected time, 2 at a time: 44 s" in said
+    assert "painted to draw it" not in call("1", tmp_path, tiny(sd_folder), dry_run=True)
+
+
+def test_every_grid_counts_what_it_paints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing asks for as many images as a dry run says, of the models that it names."""
+    scale, asked = SCALES["emoji"], list[tuple[Recipe, int]]()
+
+    def paint(painter: Painter, batch: Batch) -> torch.Tensor:
+        asked.append((painter.recipe, len(batch.prompts)))
+        return torch.zeros(len(batch.prompts), 3, 8, 8)
+
+    emptied(monkeypatch, paint)
+    drawing = Drawing(scale, tmp_path, tmp_path, 1, {})
+    for name, figure in FIGURES.items():
+        if isinstance(figure, Grid | Strategies):
+            asked.clear()
+            drawing.draw(name, figure)
+            assert asked == paintings(figure, scale), name
+
+
+def test_rows_of_a_grid_are_in_order_and_start_from_the_same_noise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every image says by its colour which row of which prompt it belongs to, and which noise it starts from."""
+    keys, grids = list[list[tuple[Any, ...]]](), list[tuple[list[list[tuple[int, ...]]], list[str]]]()
+
+    def paint(painter: Painter, batch: Batch) -> torch.Tensor:
+        prompts, noises = list(dict.fromkeys(batch.prompts)), list(dict.fromkeys(batch.keys))
+        colours = [
+            (len(keys), prompts.index(prompt), noises.index(key))
+            for prompt, key in zip(batch.prompts, batch.keys, strict=True)
+        ]
+        keys.append(list(batch.keys))
+        return (torch.tensor(colours) / 255)[:, :, None, None].expand(-1, 3, 8, 8)
+
+    def grid(rows: list[list[Any]], labels: list[str]) -> Image.Image:
+        grids.append(([[image.getpixel((0, 0)) for image in row] for row in rows], labels))
+        return Image.new("RGB", (8, 8))
+
+    opened = emptied(monkeypatch, paint)
+    monkeypatch.setattr(drawn_by.figures, "image_grid", grid)
+    drawing = Drawing(SCALES["emoji"], tmp_path, tmp_path, 1, {})
+    drawing.draw("8", FIGURES["8"])
+    rows = ["pre-trained", "AlignProp", "AlignProp + DiffExp"]
+    assert grids == [([[(row, prompt, k) for k in range(4)] for row in range(3)], rows) for prompt in range(2)]
+    assert opened == ["drawbench-alignprop-s0", "drawbench-alignprop-diffexp-s0"]
+    assert keys[0] == keys[1] == keys[2] == 2 * keys[0][:4]
+    keys.clear()
+    grids.clear()
+    drawing.draw("3", FIGURES["3"])
+    rows = ["constant w=5", "constant w=1", "scheduled 1 to 5"]
+    assert grids == [([[(row, 0, k) for k in range(8)] for row in range(3)], rows)]
+    assert keys[0] == keys[1] == keys[2]
+    assert len(set(keys[0])) == 8
+
+
+def emptied(monkeypatch: pytest.MonkeyPatch, paint: Any) -> list[str]:
+    """Lets grids be drawn by ``paint`` and without runs; returns the names of the runs as they are asked for."""
+    opened: list[str] = []
+    whole = models.load("emoji")
+    monkeypatch.setattr(drawn_by.assembly, "model", lambda _: whole)
+    grids = [name for name, figure in FIGURES.items() if isinstance(figure, Grid)]
+    recipes = {job.name: job.recipe for job in jobs(grids, SCALES["emoji"])}
+
+    def open_painter(folder: str, _: None) -> Painter:
+        opened.append(Path(folder).name)
+        return drawn_by.untouched(recipes[opened[-1]])
+
+    monkeypatch.setattr(drawn_by, "open_painter", open_painter)
+    monkeypatch.setattr(Painter, "paint", paint)
+    return opened
+
+
+def test_a_dry_run_says_why_it_can_tell_no_time(
+    tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "trials", lambda *_: pytest.fail("nothing is tried"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cpu = {"device": "cpu"}
+    said = call("10b", tmp_path, cpu, dry_run=True, scale="sdxl").splitlines()
+    assert (
+        said[-1] == "stabilityai/stable-diffusion-xl-base-1.0 needs a GPU to be practical; on this CPU nothing is timed"
+    )
+
+    monkeypatch.setattr(pace, "impractical", lambda _: False)  # as with a GPU
+    (line,) = call("4", tmp_path, cpu, dry_run=True, scale="sd15").splitlines()[-1:]
+    assert line == (
+        "the model stable-diffusion-v1-5/stable-diffusion-v1-5 is not on this machine: diffexp download sd15-ddpo "
+        "--set reward=aesthetic fetches it, diffexp bench sd15-ddpo --set reward=aesthetic measures without it"
+    )
+    said = call("10b", tmp_path, cpu | {"model.path": str(sd_folder)}, dry_run=True, scale="sdxl")
+    arguments = f"sdxl-alignprop --set model.path={sd_folder}"
+    assert f"the reward aesthetic is not on this machine: diffexp download {arguments} fetches it" in said
+    assert pace.why_unknown(jobs(["1"], SCALES["emoji"], 1, tiny(sd_folder))[0].recipe, "emoji-ddpo") is None
+
+
+def test_a_model_in_the_hubs_cache_is_tried(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("the network was asked")
+
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    recipe = Recipe(model={"path": "org/name"}, reward=REWARD)
+    assert pace.lacking(recipe) == "model org/name"
+    snapshot = write_hub_cache(tmp_path / "hub", "org/name", sd_folder, "0" * 40)
+    assert pace.lacking(recipe) is None
+    assert pace.lacking(Recipe(model={"path": "org/name", "revision": "0" * 40}, reward=REWARD)) is None
+    assert pace.lacking(Recipe(model={"path": "org/name", "variant": "fp16"}, reward=REWARD)) == "model org/name"
+    assert pace.lacking(Recipe(model={"path": "org/name"}, reward="pickscore")) == "reward pickscore"
+    assert pace.lacking(Recipe(model={"path": "/no/such/folder"}, reward=REWARD)) == "model /no/such/folder"
+
+    tried: list[Recipe] = []
+    monkeypatch.setattr(pace, "trials", lambda recipe, _: tried.append(recipe) or [])
+    on_cpu = Recipe(model={"path": "org/name"}, reward=REWARD, device="cpu")
+    Times(tmp_path / "none").try_out([on_cpu], 1)
+    assert not tried, "a model of the hub is too much for a CPU"
+    monkeypatch.setattr(pace, "impractical", lambda _: False)
+    Times(tmp_path / "none").try_out([on_cpu], 1)
+    assert tried == [on_cpu]
+    next(snapshot.glob("vae/*.safetensors")).unlink()
+    assert pace.lacking(recipe) == "model org/name", "its download was cut short"
 
 
 def test_a_trial_times_both_parts(sd_folder: Path) -> None:

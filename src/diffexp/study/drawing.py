@@ -17,6 +17,8 @@ from diffexp.runs.reading import Measure, Run
 from diffexp.runs.records import to_images
 from diffexp.study import comparison
 from diffexp.study.experiments import (
+    COLUMNS,
+    STRATEGIES,
     Arm,
     Bars,
     Block,
@@ -39,8 +41,6 @@ from diffexp.study.statistics import bootstrap_mean, mean_curve
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-COLUMNS = 4
-"""Images in a row of a grid."""
 MOMENTS = 5
 """Moments of training that Figure 1 shows."""
 LARGEST = 256
@@ -170,7 +170,7 @@ class Drawing:
         batch = painter.batch([figure.prompt], 0, 2 * COLUMNS)
         rows = {
             label: shrunk(to_images(painter.paint(batch.explored(way))))
-            for label, way in list(ways(recipe, painter.sampler).items())[:3]
+            for label, way in list(ways(recipe, painter.sampler).items())[:STRATEGIES]
         }
         return figures.captioned([figures.image_grid(list(rows.values()), list(rows))], [f"“{figure.prompt}”"])
 

@@ -18,6 +18,10 @@ from diffexp.study.variants import TITLES, VARIANTS
 
 TUNING_SEEDS = (100, 101)
 """Of the runs that settings are chosen by: no figure has them."""
+COLUMNS = 4
+"""Images in a row of a grid."""
+STRATEGIES = 3
+"""Rows of Figure 3: guidance that is high, low, scheduled. Each has twice as many images as a grid's."""
 
 
 class Arm(NamedTuple):
@@ -245,6 +249,13 @@ class Job:
         return times * settings.images * sum(len(prompt_sets.load(name)) for name in sets)
 
 
+class Painting(NamedTuple):
+    """Images that are painted to draw a figure, by the model that a recipe begins with or trains."""
+
+    recipe: Recipe
+    images: int
+
+
 Choice = Mapping[tuple[str, bool], Mapping[str, Any]]
 """What tuning chose: settings by algorithm, and by whether it is its baseline."""
 
@@ -313,6 +324,23 @@ def jobs(
             made = [job(scale, task, arm, seed, overrides or {}, chosen) for seed, task, arm in each]
         found |= {one.name: one for one in made}
     return list(found.values())
+
+
+def paintings(
+    figure: Figure, scale: Scale, overrides: Mapping[str, Any] | None = None, chosen: Choice | None = None
+) -> list[Painting]:
+    """What drawing a figure paints, besides the images of its runs."""
+
+    def recipe(task: str, arm: Arm) -> Recipe:
+        return job(scale, task, arm, 0, overrides or {}, chosen).recipe
+
+    if isinstance(figure, Strategies):
+        return [Painting(recipe(figure.task, Arm(figure.algorithm, "diffexp")), 2 * COLUMNS)] * STRATEGIES
+    if isinstance(figure, Grid):
+        # the first row of every prompt is the untouched model's
+        rows = [(block, arm) for block in figure.blocks for arm in (block.arms[0], *block.arms)]
+        return [Painting(recipe(block.task, arm), len(block.prompts) * COLUMNS) for block, arm in rows]
+    return []
 
 
 def wanted(figure: Figure) -> list[tuple[str, Arm]]:

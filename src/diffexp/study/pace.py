@@ -13,17 +13,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from huggingface_hub import try_to_load_from_cache
+
 from diffexp import assembly, prompts, rewards
 from diffexp.config import Recipe
+from diffexp.devices import device
 from diffexp.emoji import MODELS
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
+from diffexp.models.foreign import read_json
+from diffexp.models.hub import WEIGHTS, needed_files
 from diffexp.rewards.base import score
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Batch
 from diffexp.runs.reading import objects
 from diffexp.runs.records import JsonLines
-from diffexp.settings import AlignPropSettings, DDPOSettings
+from diffexp.settings import AlignPropSettings, DDPOSettings, ModelSettings
 
 TRIAL = 4
 """Images of a trial."""
@@ -79,9 +84,10 @@ class Times:
     def try_out(self, recipes: Iterable[Recipe], workers: int) -> None:
         """Measures what is not known yet, without keeping it: ``workers`` trials at a time, as runs will share a CPU.
 
-        Models that would have to be downloaded are left out.
+        What would have to be downloaded is left out, and what a CPU is too slow for.
         """
-        kinds = {json.dumps(self.kind(recipe)): recipe for recipe in recipes if here(recipe)}
+        able = [recipe for recipe in recipes if not (impractical(recipe) or lacking(recipe))]
+        kinds = {json.dumps(self.kind(recipe)): recipe for recipe in able}
         for recipe in kinds.values():
             if self.expected(recipe, Work(1, 1)) is None:
                 work = Work(TRIAL, TRIAL)._asdict()
@@ -90,9 +96,52 @@ class Times:
                 ]
 
 
-def here(recipe: Recipe) -> bool:
-    """Whether the recipe's model needs no download."""
-    return recipe.model.path in MODELS or Path(recipe.model.path).is_dir()
+def of_the_hub(model: ModelSettings) -> bool:
+    """Whether a model is the hub's: full-size, as a rule."""
+    return model.path not in MODELS and not Path(model.path).is_dir()
+
+
+def impractical(recipe: Recipe) -> bool:
+    """Whether a recipe would take days: a full-size model on a CPU."""
+    return of_the_hub(recipe.model) and device(recipe.device).type == "cpu"
+
+
+def lacking(recipe: Recipe) -> str | None:
+    """What a trial of the recipe would have to download: its model, or its reward. Asks the caches alone."""
+    if of_the_hub(recipe.model) and not cached(recipe.model):
+        return f"model {recipe.model.path}"
+    reward = parse(recipe.reward)[0].name
+    return None if all(need.present for need in rewards.check(reward)) else f"reward {reward}"
+
+
+def cached(model: ModelSettings) -> bool:
+    """Whether the hub's cache has a model with the weights of all its parts."""
+    try:
+        index = try_to_load_from_cache(model.path, "model_index.json", revision=model.revision)
+    except ValueError:  # no name that the hub would take
+        return False
+    if not isinstance(index, str):
+        return False
+    parts = [part for part in WEIGHTS if part in read_json(Path(index))]
+    weights = [pattern for pattern in needed_files(model.variant) if pattern.endswith(".safetensors")]
+    found = {pattern.partition("/")[0] for pattern in weights if any(Path(index).parent.glob(pattern))}
+    return found.issuperset(parts)
+
+
+def why_unknown(recipe: Recipe, name: str) -> str | None:
+    """Why no trial here can time a recipe, and what to do; ``name`` is the shipped recipe that it stands on."""
+    if impractical(recipe):
+        return f"{recipe.model.path} needs a GPU to be practical; on this CPU nothing is timed"
+    lacks, shipped = lacking(recipe), Recipe.load(name)
+    if not lacks:
+        return None
+    own = {"model.path": recipe.model.path} if recipe.model.path != shipped.model.path else {}
+    own |= {"reward": recipe.reward} if recipe.reward != shipped.reward else {}
+    arguments = " ".join([name, *(f"--set {key}={value}" for key, value in own.items())])
+    return (
+        f"the {lacks} is not on this machine: diffexp download {arguments} fetches it, "
+        f"diffexp bench {arguments} measures without it"
+    )
 
 
 def trials(recipe: Recipe, workers: int) -> list[Spent]:
@@ -101,8 +150,10 @@ def trials(recipe: Recipe, workers: int) -> list[Spent]:
         file = Path(folder) / "recipe.toml"
         file.write_text(recipe.to_toml(), encoding="utf-8")
         command = [sys.executable, "-m", "diffexp.study.pace", str(file)]
+        # all is here: nobody waits for the hub, or for a newer commit of the model
+        environment = {**os.environ, **ONE_THREAD, "HF_HUB_OFFLINE": "1"}
         started = [
-            subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE)  # noqa: S603
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)  # noqa: S603
             for _ in range(workers)
         ]
         said = [process.communicate()[0] for process in started]

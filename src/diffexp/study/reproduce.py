@@ -27,8 +27,8 @@ from diffexp.runs.runfolder import finished
 from diffexp.study import archive, tuning, write_up
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
-from diffexp.study.experiments import Choice, Figure, Job, Tuning, chosen, jobs
-from diffexp.study.pace import ONE_THREAD, Spent, Times, Work, duration
+from diffexp.study.experiments import Choice, Figure, Job, Painting, Tuning, chosen, jobs, paintings
+from diffexp.study.pace import ONE_THREAD, Spent, Times, Work, duration, why_unknown
 from diffexp.study.scales import SCALES, Scale
 from diffexp.study.variants import TITLES
 
@@ -203,6 +203,11 @@ class Plan:
         found = jobs(self.figures, self.scale, self.seeds, self.overrides, self.choice())
         return [State.look(job, self.runs / job.name) for job in found]
 
+    def paintings(self) -> dict[str, list[Painting]]:
+        """What drawing each figure paints."""
+        choice = self.choice()
+        return {name: paintings(one, self.scale, self.overrides, choice) for name, one in self.figures.items()}
+
     def drawing(self, out: Path, partly: bool = False) -> Drawing:
         return Drawing(self.scale, self.runs, out, self.seeds, self.overrides, self.choice(), partly)
 
@@ -230,12 +235,16 @@ def reproduce(
     plan = Plan(chosen(name, scale), SCALES[scale], seeds, overrides, out / scale)
     if source:
         return keep(replace(plan, runs=source), store or source, console)
-    times, states = Times(plan.runs / TIMES), plan.states()
-    on_cpu = device(states) == "cpu"
+    times, states, pictures = Times(plan.runs / TIMES), plan.states(), plan.paintings()
+    ahead = [state.job.recipe for state in states if not state.finished]
+    ahead += [painting.recipe for figure in pictures.values() for painting in figure]
+    on_cpu = device([*(state.job.recipe for state in states), *ahead]) == "cpu"
     workers = workers or (os.cpu_count() or 1 if on_cpu else 1)
     if dry_run:
-        times.try_out([state.job.recipe for state in states if not state.finished], workers)
-    describe(plan.figures, states, times, workers, console)
+        times.try_out(ahead, workers)
+    describe(plan.figures, states, pictures, times, workers, console)
+    if reason := untimed(ahead, times, plan.scale):
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if plan.scale.candidates:
         tuned = " and ".join(dict.fromkeys(TITLES[algorithm] for algorithm, _ in plan.choice()))
         console.print(f"tuned so far: {tuned or 'nothing; recipes have their own settings until then'}", soft_wrap=True)
@@ -281,11 +290,18 @@ def keep(plan: Plan, store: Path, console: Console) -> None:
 
 
 def describe(
-    figures: Mapping[str, Figure], states: Sequence[State], times: Times, workers: int, console: Console
+    figures: Mapping[str, Figure],
+    states: Sequence[State],
+    pictures: Mapping[str, Sequence[Painting]],
+    times: Times,
+    workers: int,
+    console: Console,
 ) -> None:
-    """What there is to do: the figures, the runs, and how long they will take."""
+    """What there is to do: the figures, the runs, what drawing paints, and how long it all will take."""
     for key, figure in figures.items():
-        console.print(f"figure {key}: {figure.title}", highlight=False)
+        images = sum(painting.images for painting in pictures[key])
+        drawn = f"; {images} images are painted to draw it" if images else ""
+        console.print(f"figure {key}: {figure.title}{drawn}", highlight=False, soft_wrap=True)
     left = [state for state in states if not state.finished]
     expected = {state.job.name: times.expected(state.job.recipe, state.work) for state in left}
     if states:
@@ -297,20 +313,33 @@ def describe(
             table.add_row(job.name, f"{job.queries:,}", f"{job.evaluated:,}", str(state), due)
         console.print(table, soft_wrap=True)
     queries, evaluated = sum(state.job.queries for state in left), sum(state.job.evaluated for state in left)
+    drawings = [painting for figure in pictures.values() for painting in figure]
+    drawing = [times.expected(painting.recipe, Work(0, painting.images)) for painting in drawings]
     console.print(
         f"{len(states)} runs, {len(states) - len(left)} finished; the others: {queries:,} queries, "
-        f"{evaluated:,} evaluated images; expected time, {workers} at a time: {together(expected.values(), workers)}",
+        f"{evaluated:,} evaluated images; drawing: {sum(painting.images for painting in drawings):,} images; "
+        f"expected time, {workers} at a time: {together(expected.values(), workers, drawing)}",
         highlight=False,
         soft_wrap=True,
     )
 
 
-def together(times: Collection[float | None], workers: int) -> str:
-    """How long runs take, ``workers`` at a time."""
-    known = [seconds for seconds in times if seconds is not None]
-    if len(known) < len(times):
+def untimed(recipes: Sequence[Recipe], times: Times, scale: Scale) -> str | None:
+    """Why the time of some recipe is unknown, and what to do; None where a dry run would tell."""
+    unknown = (recipe for recipe in recipes if times.expected(recipe, Work(1, 1)) is None)
+    first = next(iter(scale.recipes.values()))
+    reasons = (why_unknown(recipe, scale.recipes.get(recipe.algorithm.name, first)) for recipe in unknown)
+    return next(filter(None, reasons), None)
+
+
+def together(runs: Collection[float | None], workers: int, drawing: Collection[float | None] = ()) -> str:
+    """How long runs take, ``workers`` at a time, and what is drawn after them, one by one."""
+    known, drawn = ([seconds for seconds in times if seconds is not None] for times in (runs, drawing))
+    if len(known) + len(drawn) < len(runs) + len(drawing):
         return "unknown"
-    return duration(max(sum(known) / workers, max(known))) if known else "none"
+    if not (known or drawn):
+        return "none"
+    return duration(max(sum(known) / workers, max(known, default=0.0)) + sum(drawn))
 
 
 def spent(state: State, seconds: float) -> Spent:
@@ -320,9 +349,9 @@ def spent(state: State, seconds: float) -> Spent:
     return Spent(training, max(0.0, seconds - training))
 
 
-def device(states: Sequence[State]) -> str:
+def device(recipes: Sequence[Recipe]) -> str:
     """The kind of device that the runs train on."""
-    return assembly.device(states[0].job.recipe.device if states else "auto").type
+    return assembly.device(recipes[0].device if recipes else "auto").type
 
 
 def painted(folder: Path) -> int:
