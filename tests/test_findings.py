@@ -13,7 +13,7 @@ from diffexp.errors import UserError
 from diffexp.markdown import replace_section
 from diffexp.study import archive, claims, tuning
 from diffexp.study.claims import Verdict
-from diffexp.study.experiments import FIGURES, Tuning, jobs
+from diffexp.study.experiments import FIGURES, Bars, Curves, Tuning, chosen, jobs
 from diffexp.study.reproduce import reproduce
 from diffexp.study.scales import SCALES
 from diffexp.study.statistics import Estimate, Ratio
@@ -135,6 +135,11 @@ def test_tuning_takes_the_best_mean_of_each_side(tmp_path: Path) -> None:
     assert ["DDPO", "lr-3e-3", "9.5, 7", "8.25", "yes"] in rows
     assert len(rows) == 1 + 16
     assert sum(row[-1] == "yes" for row in rows) == 4
+
+
+def test_every_figure_of_numbers_in_the_paper_has_a_claim() -> None:
+    numbers = {name for name, figure in chosen("all", "emoji").items() if isinstance(figure, Curves | Bars)}
+    assert set(claims.CLAIMS) == numbers - {"controls"}, "the controls are ours"
 
 
 def ratio(least: float, most: float, low: float | None, high: float | None) -> Ratio:

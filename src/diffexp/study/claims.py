@@ -84,8 +84,18 @@ CLAIMS = {
     "10a": Claim(
         "“… demonstrating the effectiveness of our approach even to the challenging scenarios.”", (FEWER, HIGHER)
     ),
+    "10b": Claim(
+        "“AlignProp with DiffExp achieves a significantly higher maximum reward value as well as better sample "
+        "efficiency compared to AlignProp without DiffExp.”",
+        (FEWER, HIGHER),
+    ),
     "17a": Claim(
         "“Our method achieves improved sample efficiency and higher scores compared to the baseline.”", (FEWER, HIGHER)
+    ),
+    "17b": Claim(
+        "“Our method significantly improves the sample efficiency compared to the baseline, confirming its ability to "
+        "generalize to unseen prompts even with SDXL.”",
+        (FEWER,),
     ),
 }
 
