@@ -85,6 +85,7 @@ def test_figure_1_in_processes_of_its_own(sd_folder: Path, tmp_path: Path) -> No
     for name in ("dolphin-ddpo-s0", "dolphin-ddpo-diffexp-s0"):
         assert re.search(rf"{name}: [\d.]+ (s|min|h); [12] of 2 runs finished", said)
         assert painted(runs / name) == 2 * 2 + 3 * 2 * 2
+        assert Recipe.load(runs / "recipes" / f"{name}.toml") == Recipe.load(runs / name / "config.toml")
     for name in ("figure-1.png", "figure-1.svg", "figure-1-images.png"):
         assert (runs / "figures" / name).stat().st_size > 1000
     legend = (runs / "figures" / "figure-1.svg").read_text()
