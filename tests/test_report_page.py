@@ -207,11 +207,35 @@ def test_a_phone_needs_no_sideways_scrolling(
     page.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     beyond = """() => [...document.querySelectorAll("main *")].filter((one) =>
-      !one.closest(".scroll, pre, .unseen, svg") && one.getBoundingClientRect().right > innerWidth + 1
+      !one.closest(".scroll:not(.stacked), pre, .unseen, svg") && one.getBoundingClientRect().right > innerWidth + 1
     ).map((one) => one.outerHTML.slice(0, 80))"""
     assert page.evaluate(beyond) == []
     widths = page.locator(".plot").evaluate_all("all => all.map((one) => one.querySelector('canvas').clientWidth)")
     assert all(0 < width <= PHONE["width"] - 32 for width in widths)
+
+
+def test_a_phone_shows_every_cell_and_no_image_alone(opened: Callable[..., Opened], report: Path) -> None:
+    page = opened(report, viewport=PHONE).page
+    outcome = page.locator("section:has(#outcome) .scroll")
+    assert outcome.count() == 3
+    page.locator("details").evaluate_all("all => all.forEach((one) => { one.open = true; })")
+    assert outcome.evaluate_all("all => all.every((one) => one.scrollWidth <= one.clientWidth)")
+    last = page.locator("section:has(#outcome) .scroll").last.locator("tbody tr").first.locator("td").last
+    label = last.evaluate("one => getComputedStyle(one, '::before').content")
+    assert label == '"DDPO + DiffExp"'
+    rows = "all => all.map((one) => new Set([...one.children].map((image) => image.offsetTop)).size)"
+    assert set(page.locator(".images").evaluate_all(rows)) == {1}
+    assert page.locator(".images").first.locator("img").count() == 3
+
+
+def test_a_table_that_scrolls_keeps_its_first_column(opened: Callable[..., Opened], report: Path) -> None:
+    page = opened(report, viewport={"width": 240, "height": 740}).page
+    page.locator("[data-chart='reward-0'] summary").click()
+    table = page.locator("[data-chart='reward-0'] .scroll")
+    first = "one => one.querySelector('tbody th').getBoundingClientRect().left - one.getBoundingClientRect().left"
+    table.evaluate("one => one.scrollTo(1000, 0)")
+    assert table.evaluate("one => one.scrollLeft") > 20
+    assert table.evaluate(first) == pytest.approx(0, abs=1)
 
 
 CONTRAST = """() => {
