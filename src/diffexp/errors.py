@@ -82,9 +82,12 @@ def writing(setting: str, path: Path) -> Iterator[None]:
         refused = of_the_system(error)
         if refused is None:
             raise
+        what = f"{setting} {cut(str(path))}"
         if refused.errno == errno.ENOENT and not path.parent.exists():
-            raise UserError(f"{setting} {cut(str(path))}: there is no folder {cut(str(path.parent))}") from error
-        raise refusal(refused, f"{setting} {cut(str(path))}: can't write there") or error from error
+            raise UserError(f"{what}: there is no folder {cut(str(path.parent))}") from error
+        if refused.errno == errno.ENOENT and Path(str(refused.filename)).parent == path.parent:
+            raise UserError(f"{what}: nothing can be made in {cut(str(path.parent))}; choose another folder") from error
+        raise refusal(refused, f"{what}: can't write there") or error from error
 
 
 def of_the_system(error: Exception) -> OSError | None:
