@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ from test_training import contents, recipe
 from diffexp import control, train
 from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted
-from diffexp.runs import checkpoint
+from diffexp.runs import checkpoint, durable
 from diffexp.terminal.reporter import Reporter
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path) -> Iterator[Path]:
+    """A run's folder, claimed as one that trains has it."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").touch()
-    return tmp_path / "run"
+    with durable.claimed(tmp_path / "run"):
+        yield tmp_path / "run"
 
 
 def test_a_request_is_told_once(run: Path) -> None:
@@ -28,6 +31,19 @@ def test_a_request_is_told_once(run: Path) -> None:
     control.ask(run, "stop")
     assert control.take(run) == {"save", "stop"}
     assert control.take(run) == frozenset()
+
+
+def test_a_run_that_nobody_trains_is_asked_nothing(run: Path, tmp_path: Path) -> None:
+    idle = tmp_path / "idle"
+    idle.mkdir()
+    (idle / "config.toml").touch()
+    with pytest.raises(UserError, match=f"no process trains this run; .*`diffexp resume {idle}`"):
+        control.ask(idle, "stop")
+    assert [path.name for path in idle.iterdir()] == ["config.toml"]
+    with durable.claimed(idle):  # to look took no lock away, and left none
+        control.ask(idle, "stop")
+        with pytest.raises(UserError, match="another process"), durable.claimed(idle):
+            pass
 
 
 def test_unknown_requests_and_folders_are_named(run: Path, tmp_path: Path) -> None:
@@ -128,7 +144,7 @@ def test_a_run_stops_when_asked_and_goes_on_exactly(
         train(settings, run, Ask(run, 2, "stop"))
     assert checkpoint.read_newest(run / "checkpoints").numbers["iteration"] == 2
     assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
-    control.ask(run, "stop")  # of nobody: the run that goes on later must not hear it
+    (run / "control" / "stop").touch()  # of nobody any more: the run that goes on later must not hear it
     assert contents(train(settings, run)) == undisturbed
 
 

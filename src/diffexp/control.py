@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffexp.errors import UserError, one_line, refusal, unknown
+from diffexp.runs.durable import is_free
 
 FOLDER = "control"
 REQUESTS = {
@@ -26,12 +27,14 @@ def ask(run: Path, request: str) -> str:
     """Leaves a request for the process that trains ``run``; returns what that process will do.
 
     Raises:
-        UserError: for an unknown request, or a folder that is no run or can't be written.
+        UserError: for an unknown request, a folder that is no run or can't be written, or a run that nobody trains.
     """
     if request not in REQUESTS:
         raise unknown("request", request, REQUESTS)
     if not (run / "config.toml").is_file():
         raise UserError(f"{run}: no run folder; give one that `diffexp train` writes")
+    if is_free(run):
+        raise UserError(f"{run}: no process trains this run; if it is unfinished, `diffexp resume {run}` goes on with it")
     folder = run / FOLDER
     try:
         folder.mkdir(exist_ok=True)
