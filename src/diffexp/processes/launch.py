@@ -99,7 +99,9 @@ def launch(processes: int, arguments: Sequence[str]) -> None:
         raise KeyboardInterrupt
     if ranks[failed].code() == Lost.exit_code:
         raise UserError(ranks[failed].words())
-    raise UserError(f"process {failed} of {processes} failed ({ranks[failed].obituary()}); the others were ended")
+    ended = f"process {failed} of {processes} failed ({ranks[failed].obituary()}); the others were ended"
+    killed = (ranks[failed].code() or 0) < 0  # after an error of its own, the same command would end the same way
+    raise UserError(f"{ended}; {GOES_ON}" if killed else ended)
 
 
 def watch(ranks: Sequence[Rank], seconds: float) -> int | None:
