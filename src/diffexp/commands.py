@@ -20,10 +20,11 @@ from diffexp import assembly, emoji
 from diffexp import prompts as prompt_sets
 from diffexp.config import Recipe
 from diffexp.diversity import pairwise_diversity
-from diffexp.errors import UserError, printable, writing
+from diffexp.errors import UserError, cut, printable, writing
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
+from diffexp.models.hub import locate
 from diffexp.prompts.files import clean
 from diffexp.report import FILE
 from diffexp.report import write as write_report
@@ -120,8 +121,24 @@ def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
     else:
         steps = {"steps": emoji.STEPS} if target in emoji.MODELS else {}
         recipe = Recipe.parse({"model": {"path": target}, "sampler": steps}, target, changes)
-        model = assembly.model(recipe)
+        model = assembly.model(recipe, commit_of(target, recipe) if recipe.model.path == target else None)
     return Painter(recipe, assembly.sampler(recipe, model))
+
+
+def commit_of(target: str, recipe: Recipe) -> str | None:
+    """The commit at which the hub has the model that a command was given; None for one that is here.
+
+    Raises:
+        UserError: if it was given neither a run folder nor a model.
+    """
+    try:
+        _, source = locate(target, recipe.model.revision, recipe.model.variant)
+    except UserError as error:
+        what = "a run folder (no config.toml in it) nor a model (no model_index.json in it)"
+        if not Path(target).is_dir():
+            what = "a run folder nor a model, here or on the hub; check the name, and the network"
+        raise UserError(f"RUN_OR_MODEL {cut(repr(target))}: neither {what}") from error
+    return source.commit
 
 
 def refuse_code(recipe: Recipe, folder: Path) -> None:
