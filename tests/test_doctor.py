@@ -49,20 +49,29 @@ def test_old_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert doctor.packages()["torch"] == version("torch") + ", but needs >=99"
     assert doctor.packages()["nosuch"] == "missing"
     monkeypatch.setattr(doctor, "version", lambda name: "0.18.1")
-    assert doctor.extras() == {"wandb": "without wandb"}
+    assert doctor.extras() == {"wandb": "not installed"}
     monkeypatch.setattr(doctor, "version", lambda name: "0.20")
     assert doctor.extras() == {"wandb": "installed"}
+    monkeypatch.setattr(doctor, "requires", lambda _: [f'{name}; extra == "docs"' for name in ("mkdocs", "nosuch")])
+    monkeypatch.setattr(doctor, "state", lambda each: "missing" if each.name == "nosuch" else "1.0")
+    assert doctor.extras() == {"docs": "incomplete, lacking nosuch"}
+
+
+def test_one_is_no_plural() -> None:
+    part = {"name": "a CPU", "cores": 2, "threads": 1, "abilities": ["AVX2"]}
+    assert doctor.say_cpu(part) == "a CPU, 2 cores, 1 thread; AVX2"
 
 
 @pytest.mark.parametrize(
     ("kind", "gib", "name", "expected"),
     [
         ("cuda", 8, "sd15-8gb", "runs here"),
-        ("cuda", 8, "sdxl-16gb", "needs about"),
+        ("cuda", 8, "sdxl-16gb", "needs a GPU with about"),
         ("cuda", 24, "sdxl-16gb", "runs here"),
         ("cpu", 64, "sd15-8gb", "needs a GPU with about"),
+        ("cpu", 4, "sd15-8gb", "needs a GPU with about"),  # more memory would not do
         ("cpu", 64, "emoji-ddpo", "runs here"),
-        ("cpu", 1, "emoji-ddpo", "needs about"),
+        ("cpu", 1, "emoji-ddpo", "needs about 1.5 GiB of memory"),
         ("mps", 36, "sd15-8gb", "runs here"),
     ],
 )

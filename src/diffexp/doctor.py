@@ -88,8 +88,15 @@ def extras() -> dict[str, str]:
     for each in requirements():
         for extra in re.findall(r'extra == "([^"]+)"', str(each.marker)):
             found.setdefault(extra, []).append("" if state(each)[0].isdigit() and "," not in state(each) else each.name)
-    missing = {extra: [name for name in names if name] for extra, names in found.items()}
-    return {extra: f"without {', '.join(names)}" if names else "installed" for extra, names in sorted(missing.items())}
+    return {extra: completeness(names) for extra, names in sorted(found.items())}
+
+
+def completeness(lacking: list[str]) -> str:
+    """What to say of an extra, of whose packages the lacking ones are named and the others empty."""
+    names = list(filter(None, lacking))
+    if not names:
+        return "installed"
+    return "not installed" if len(names) == len(lacking) else f"incomplete, lacking {', '.join(names)}"
 
 
 def devices() -> dict[str, Any]:
@@ -200,10 +207,10 @@ def recipes() -> dict[str, str]:
     found = {}
     for name in shipped():
         needs, emoji = memory_of(name), not name.startswith("sd")
-        if needs > space * RESERVE:
-            found[name] = f"needs about {needs:g} GiB"
+        if needs <= space * RESERVE and (emoji or kind != "cpu"):
+            found[name] = "runs here"
         else:
-            found[name] = "runs here" if emoji or kind != "cpu" else f"needs a GPU with about {needs:g} GiB"
+            found[name] = f"needs about {needs:g} GiB of memory" if emoji else f"needs a GPU with about {needs:g} GiB"
     return found
 
 
@@ -248,7 +255,12 @@ def say_devices(part: dict[str, Any]) -> str:
 
 def say_cpu(part: dict[str, Any]) -> str:
     abilities = "unknown" if part["abilities"] is None else ", ".join(part["abilities"]) or "none of bf16, AMX"
-    return f"{part['name']}, {part['cores']} cores, {part['threads']} threads; {abilities}"
+    cores, threads = counted(part["cores"], "core"), counted(part["threads"], "thread")
+    return f"{part['name']}, {cores}, {threads}; {abilities}"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def say_hub(part: dict[str, Any]) -> str:
