@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from diffexp import cli
 from diffexp.errors import UserError, writing
 from diffexp.rewards import sources, weights
+from diffexp.runs import durable
 
 LORA = "lora/pytorch_lora_weights.safetensors"
 
@@ -57,6 +58,8 @@ ARGUMENTS = [
     ("train emoji-ddpo emoji-ddpo", "unexpected extra argument"),
     ("train emoji-ddpo --out", "--out", "requires an argument"),
     ("evaluate", "missing argument", "RUN_OR_MODEL", "diffexp evaluate --help"),
+    ("evaluate nowhere", "RUN_OR_MODEL 'nowhere': neither a run folder nor a model, here or on the hub; check the name"),
+    ("evaluate nowhere --set model.path=elsewhere", "model.path = 'elsewhere': neither a folder nor a model"),
     ("evaluate emoji --images 0", "--images", "should be greater than or equal to 1"),
     ("evaluate emoji --images many", "--images", "should be a valid integer"),
     ("evaluate emoji --prompts animles --set device=cpu", "unknown prompt set 'animles'", "did you mean 'animals'?"),
@@ -183,9 +186,9 @@ SETTINGS = [
     ("device=tpu9", "device = 'tpu9': not on this machine; take 'cpu' or 'auto'"),
     ("device=cuda:99", "device = 'cuda:99': not on this machine"),
     ("device=meta", "device = 'meta': not on this machine"),
-    ('trackers="tensorboard"', 'trackers = "tensorboard": input should be a valid'),
+    ('trackers="tensorboard"', 'trackers = "tensorboard": write a list: ["tensorboard"]'),
     ('trackers=["mlfow"]', 'trackers = "mlfow": input should be'),
-    ("model=sd15", 'model = "sd15": input should be a valid dictionary'),
+    ("model=sd15", 'model = "sd15": write a table: [model]'),
     ("model.path=3", "model.path = 3: input should be a valid string"),
     ("model.path=", "model.path = ''"),
     ("model.path=thesis", "no model_index.json in it"),
@@ -197,7 +200,7 @@ SETTINGS = [
     ("lora.alpha=0", "lora.alpha = 0: input should be greater than 0"),
     ("lora.targets=[]", "lora.targets"),
     ('lora.targets=["to_z"]', "lora.targets", "to_z"),
-    ("sampler=3", "sampler = 3: input should be a valid dictionary"),
+    ("sampler=3", "sampler = 3: write a table: [sampler]"),
     ("sampler.steps.x=1", "sampler.steps"),
     ("seed.x=1", "seed"),
     ("sampler.steps=0", "sampler.steps = 0"),
@@ -207,16 +210,19 @@ SETTINGS = [
     ("sampler.guidance=inf", "sampler.guidance = Infinity: input should be a finite number"),
     ("sampler.eta=2", "sampler.eta = 2: input should be less than or equal to 1"),
     ("sampler.eta=0", "sampler.eta = 0 is deterministic, and ddpo needs a density: take eta = 1"),
+    ("sampler.size=64", "sampler.size = 64: write a list"),
     ("sampler.size=[64]", "sampler.size = [64]: too few values"),
     ("sampler.size=[17, 17]", "sampler.size = [17, 17]: this model needs multiples of"),
     ("sampler.size=[1000000, 1000000]", "sampler.size = 1000000: input should be less than or equal to"),
+    ("exploration=off", 'exploration = "off": write a table: [exploration]'),
+    ("exploration.guidance=off", 'exploration.guidance = "off": write a table: [exploration.guidance]'),
     ("exploration.until=1.5", "exploration.until = 1.5"),
     ("exploration.guidance.threshold=1001", "less than or equal to 1000"),
     ("exploration.guidance.low=9", "exploration.guidance.low = 9.0 is above sampler.guidance = 5.0"),
     ("exploration.guidance={threshold = 800, fraction = 0.2}", "leave one out"),
     ("exploration.words.low=3", "low = 3.0 is above high = 1.2: exchange them"),
     ("exploration.words.unit=letter", "input should be 'word' or 'token'"),
-    ("algorithm=3", "algorithm = 3"),
+    ("algorithm=3", "algorithm = 3: give a table with a name: 'ddpo'"),
     ("algorithm.name=ppo", "algorithm", "'ddpo'", "'alignprop'"),
     ("algorithm.name=[1]", "algorithm"),
     ("algorithm.clip=0", "algorithm.clip = 0: input should be greater than 0"),
@@ -229,7 +235,7 @@ SETTINGS = [
     ("optimizer.weight_decay=-1", "optimizer.weight_decay = -1"),
     ("rollout.batch=0", "rollout.batch = 0"),
     ("rollout.images_per_prompt=3", "is no multiple of rollout.images_per_prompt = 3"),
-    ("update.checkpoint=unet", 'update.checkpoint = "unet": input should be a valid tuple'),
+    ("update.checkpoint=unet", 'update.checkpoint = "unet": write a list: ["unet"]'),
     ("update.checkpoint_unet=true", "unknown key 'update.checkpoint_unet': did you mean 'checkpoint'?"),
     ("lora.text_encoders=1", "lora.text_encoders = 1: input should be a valid boolean"),
     ("lora.start=nowhere.safetensors", "can't read the LoRA nowhere.safetensors"),
@@ -417,7 +423,8 @@ RUNS: list[tuple[str, dict[str, bytes | str | None], str]] = [
     ("sample RUN --prompt cat --out new", {"config_toml": "seed = ["}, "no valid TOML"),
     ("sample RUN --prompt cat --out new", {"config_toml": b"\xff\xfe"}, "not UTF-8"),
     ("sample RUN --prompt cat --out new", {"config_toml": "sede = 1"}, "unknown key 'sede': did you mean 'seed'?"),
-    ("sample RUN --prompt cat --out new", {"config_toml": None}, "no model_index.json in it"),
+    ("sample RUN --prompt cat --out new", {"config_toml": None}, "RUN_OR_MODEL 'run': neither a run folder (no config"),
+    ("sample RUN --prompt cat --out new", {"config_toml": None}, "nor a model (no model_index.json in it)"),
     ("evaluate RUN", {"lora": None}, "can't read the LoRA"),
     ("evaluate RUN", {"config_toml": ""}, "does not fit"),
     ("show RUN", {"lora": None}, "no such LoRA file"),
@@ -445,7 +452,7 @@ RUNS: list[tuple[str, dict[str, bytes | str | None], str]] = [
         "the checkpoints of this run are gone",
     ),
     ("ctl RUN save", {"config_toml": None}, "no run folder"),
-    ("ctl RUN save", {"control": "a file"}, "control: can't leave a request there"),
+    ("ctl RUN stop", {}, "run: no process trains this run; if it is unfinished, `diffexp resume run` goes on with it"),
     ("push RUN --to nobody", {}, "--to 'nobody': give user/name"),
     ("push RUN --to 'me/a name'", {}, "--to 'me/a name'"),
     ("push RUN --to me/x", {"lora__README_md": None}, "no lora/README.md; give the folder of a run that is finished"),
@@ -458,6 +465,7 @@ RUNS: list[tuple[str, dict[str, bytes | str | None], str]] = [
     ("report RUN RUN", {}, "say where their report goes, --out FILE"),
     ("report RUN RUN --out new.html", {}, "same seed"),
     ("report RUN --out file/x", {}, "--out"),
+    ("report RUN --out /proc/x.html", {}, "--out /proc/x.html: nothing can be made in /proc; choose another folder"),
     ("report RUN nowhere --out new", {}, "no such folder"),
     ("compare RUN --out new", {"samples__iteration-0000__0.png": b"no picture"}, "0.png"),
     ("compare RUN --out new", {"samples__prompts_json": "3"}, "prompts.json"),
@@ -523,6 +531,8 @@ UNDER_A_FILE = [
     "compare RUN --out file/x",
     "train emoji-ddpo --out file/x",
     "train emoji-ddpo --out file",
+    "train emoji-ddpo --out /proc/x",
+    "compare RUN --out /proc/x",
     f"sample MODEL --prompt cat --set sampler.steps=2 --out {'x' * 300}",
     f"train emoji-ddpo --out {'x' * 300}",
     "reproduce 3 --out file/x",
@@ -610,7 +620,6 @@ READ_ONLY = [
     "report run",
     "report run --out new.html",
     "recipes copy demo",
-    "ctl run save",
     "resume run",
     "reproduce 3 --out new",
 ]
@@ -627,6 +636,18 @@ def test_a_folder_that_is_read_only(
     settings = tiny(sd_folder) if words[0] in ("train", "explore") else []
     make_read_only(place, monkeypatch)
     check(diffexp, place, [*words, *settings], "read-only file system", "choose a folder that you may write to")
+
+
+def test_a_request_that_cannot_be_left(
+    place: Path, finished: Path, diffexp: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, place / "run")
+    (place / "run" / "control").write_text("a file")
+    with durable.claimed(place / "run"):
+        check(diffexp, place, ["ctl", "run", "save"], "control: can't leave a request there")
+        (place / "run" / "control").unlink()
+        make_read_only(place, monkeypatch)
+        check(diffexp, place, ["ctl", "run", "save"], "read-only file system", "choose a folder that you may write to")
 
 
 MISSING = [

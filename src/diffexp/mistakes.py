@@ -64,8 +64,18 @@ def explain(schema: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
         guess = closest(name, known)
         hint = f"did you mean {guess!r}? " if guess else ""
         return [f"{key}.name = {cut(repr(name))}: {hint}known: {', '.join(known)}"]
-    message = "too few values" if kind == "missing" else item["msg"][0].lower() + item["msg"][1:]
-    return [f"{key} = {cut(json.dumps(item['input'], default=str))}: {message}"]
+    return [f"{key} = {cut(json.dumps(item['input'], default=str))}: {advice(kind, key, item)}"]
+
+
+def advice(kind: str, key: str, item: Mapping[str, Any]) -> str:
+    """What is wrong with a value, or how TOML writes the list or table that should stand there."""
+    if kind == "missing":
+        return "too few values"
+    if kind == "tuple_type":
+        return "write a list" + (f": {cut(json.dumps([item['input']]))}" if isinstance(item["input"], str) else "")
+    if kind in ("model_type", "model_attributes_type"):
+        return f"write a table: [{key}]"
+    return item["msg"][0].lower() + item["msg"][1:]
 
 
 def sections(schema: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
