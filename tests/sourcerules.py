@@ -11,6 +11,7 @@ MODULES = ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "mars
 CALLS = (
     *("eval", "exec", "compile", "__import__", "breakpoint"),
     *("os.system", "os.popen", "os.execv", "os.execvp", "os.execl", "os.spawnv", "os.spawnl", "pty.spawn"),
+    *("asyncio.create_subprocess_shell", "asyncio.subprocess.create_subprocess_shell"),
     *("subprocess.getoutput", "subprocess.getstatusoutput", "tempfile.mktemp", "shutil.unpack_archive"),
     *("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "torch.save"),
     *("torch.manual_seed", "torch.seed", "torch.set_rng_state", "torch.random.manual_seed"),
@@ -96,7 +97,8 @@ def named(name: str) -> Iterator[str]:
 def called(node: ast.Call, name: str, may_import: bool) -> Iterator[str]:
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     first, last = name.partition(".")[0], name.rpartition(".")[2]
-    if name in CALLS or (name.startswith("os.") and last.startswith(("exec", "spawn"))):
+    name = name.removeprefix("builtins.")
+    if name in CALLS or (name.startswith("os.") and last.startswith(("exec", "spawn", "posix_spawn"))):
         yield f"calls {name}"
     if name in DYNAMIC and not may_import and not (node.args and isinstance(node.args[0], ast.Constant)):
         yield f"calls {name}"

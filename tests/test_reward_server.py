@@ -411,7 +411,7 @@ def test_a_weak_token_is_refused_and_not_repeated(token: str, tmp_path: Path, mo
 
 @pytest.mark.timeout(1800)
 def test_it_lives_through_ten_thousand_malformed_requests() -> None:
-    # In test_reward_server_fuzz.py's words: what it sends, and what may come back.
+    # In fuzz.py's words: what it sends, and what may come back.
     from fuzz import storm
 
     environment = {"DIFFEXP_REWARD_TOKEN": TOKEN}
