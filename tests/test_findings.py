@@ -87,7 +87,7 @@ def test_the_document_says_what_the_runs_say(store: Path) -> None:
     row = next(line for line in lines if line.startswith("| AlignProp + DiffExp | 3 |"))
     # the level 7 + f is reached after f / 1.25 of the queries; final rewards 8.25; diversity 0.52 over 0.5
     assert row.count("0.80 [0.80, 0.80]") == 3
-    assert "8.25 [8.25, 8.25] | 8.25" in row
+    assert "8.250 [8.250, 8.250] | 8.250" in row
     assert "+0.02 [+0.02, +0.02]" in row
     assert not list(store.glob("*.md")), "a page of its own would be missing in the navigation"
     assert redraw(store) == text, "the same again"

@@ -121,6 +121,14 @@ def test_the_verdict_on_the_held_out_reward(trained: list[float], held: list[flo
     assert text in found.text
 
 
+def test_a_chart_has_one_number_of_decimals() -> None:
+    lines = [charts.Line("a", [0.0, 0.3519], "plain-1"), charts.Line("b", [-0.0001, 0.0546], "plain-2")]
+    chart = charts.Chart("gain", "gain", "queries", [0, 64], lines, digits=3)
+    assert chart.rows() == [["0", "0.000", "0.000"], ["64", "0.352", "0.055"]]
+    beside = charts.Chart("gain", "gain", "queries", [0, 64], lines, digits=3, limits=(0, 2.5))
+    assert beside.rows()[1] == ["64", "0.35", "0.05"]
+
+
 def test_a_hacked_reward_is_called_so(tmp_path: Path) -> None:
     material = Material.read([make_run(tmp_path / "run", hacked=True)])
     assert [found.kind for found in facts.verdicts(material)] == ["bad"]
@@ -157,6 +165,25 @@ def test_words_are_pooled_over_iterations_and_seeds(runs: list[Path]) -> None:
     assert [word.text for word in table.shown] == ["bike", "cat", "a"]
     assert table.samples == 384
     assert [word.text for word in table.clear] == ["bike"]  # "a" is at -0.2 ± 0.23
+
+
+def test_clear_words_come_first_even_where_others_were_weighted_more_often() -> None:
+    count = words.SHOWN + 1
+    columns = {
+        "word": [*(f"word {k}" for k in range(count)), "rare", "bad"],
+        "weighted": [50] * count + [20, 20],
+        "reward": [7.0] * count + [9.5, 4.25],
+        "advantage": [0.01 * k for k in range(count)] + [2.0, -2.0],
+        "other": [50] * (count + 2),
+        "other_reward": [7.0] * (count + 2),
+        "other_advantage": [0.0] * (count + 2),
+    }
+    table = words.table("x", [columns])
+    assert table is not None
+    assert [word.text for word in table.shown][:3] == ["rare", "bad", "word 12"]
+    assert len(table.shown) == words.SHOWN
+    assert [word.text for word in table.clear] == ["rare", "bad"]
+    assert table.places == 2  # as 9.50 has
 
 
 def test_words_of_records_without_the_other_side() -> None:
@@ -300,7 +327,7 @@ def test_runs_with_different_goals_stand_side_by_side(tmp_path: Path) -> None:
     two = make_run(tmp_path / "two", reward="emoji-aesthetic", held_out=None)
     text = render(Material.read([one, two]))
     assert "on several rewards" in text
-    assert "Outcome by method" not in text
+    assert "Outcome by arm" not in text
 
 
 def test_a_report_names_no_folder_of_this_machine(tmp_path: Path) -> None:
@@ -369,7 +396,7 @@ def test_mistakes_of_the_command(runs: list[Path], tmp_path: Path) -> None:
 def test_a_comparison_writes_its_report(runs: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["compare", *map(str, runs), "--out", str(tmp_path / "comparison")])
     assert result.exit_code == 0, result.output
-    assert "Outcome by method" in (tmp_path / "comparison" / "report.html").read_text(encoding="utf-8")
+    assert "Outcome by arm" in (tmp_path / "comparison" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -168,6 +168,34 @@ def test_charts_tell_their_values_to_mouse_and_keyboard(opened: Callable[..., Op
     assert page.locator("[data-chart='reward-1'] .at").inner_text() == "at 256 queries"
 
 
+def test_the_guidance_scale_is_told_from_its_low_value_on(opened: Callable[..., Opened], report: Path) -> None:
+    chart = opened(report).page.locator("[data-chart='guidance']")
+    assert chart.locator(".value").all_inner_texts() == ["5.0", "1.0 → 5.0"]
+    assert chart.locator(".at").inner_text() == "from t = 1000 to 0"
+    chart.locator(".plot").press("Home")
+    assert chart.locator(".value").all_inner_texts() == ["5.0", "1.0"]
+
+
+def test_a_y_axis_that_leaves_out_0_is_told(opened: Callable[..., Opened], report: Path) -> None:
+    page = opened(report).page
+    assert page.locator("[data-chart='reward-0'] .cut").is_visible()
+    assert page.locator("[data-chart='gain-0'] .cut").is_hidden()
+
+
+def test_the_last_query_has_a_tick(opened: Callable[..., Opened], tmp_path: Path) -> None:
+    file = write([make_run(tmp_path / "run", iterations=6)])
+    draws = """const fill = CanvasRenderingContext2D.prototype.fillText; window.drawn = [];
+      CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+        window.drawn.push(text); fill.call(this, text, ...rest); };"""
+    page = opened("about:blank").page
+    page.add_init_script(draws)
+    page.goto(file.as_uri())
+    drawn = page.evaluate("drawn")
+    assert "384" in drawn
+    assert "350" not in drawn, "too near"
+    assert "300" in drawn
+
+
 def test_every_chart_is_a_table_too(opened: Callable[..., Opened], report: Path) -> None:
     page = opened(report).page
     page.locator("[data-chart='reward-0'] summary").click()

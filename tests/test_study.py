@@ -130,8 +130,10 @@ def test_the_files_say_what_was_found(runs: list[Path], tmp_path: Path):
     text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| DDPO + DiffExp"))
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        *("DDPO + DiffExp", "2", "2.9 [2.9, 2.9]", "475 (2/2)", "0.50 [0.50, 0.50]", "3.4 [3.4, 3.4]", "20"),
+        *("DDPO + DiffExp", "2", "2.900 [2.900, 2.900]", "475 (2/2)"),
+        *("0.50 [0.50, 0.50]", "3.400 [3.400, 3.400]", "20"),
     ]
+    assert "| 950 (2/2) | 1.00 |" in text
     assert "held out: emoji-judge" in text
     assert "curves.png" in text
     assert "grid.png" not in text  # there are no samples
@@ -165,6 +167,14 @@ def test_a_slower_method_is_censored(tmp_path: Path):
     assert numbers["arms"][1]["levels"][2]["ratio"]["most"] is None
     # Half of the gain it does reach: 1 + 0.95 after 950 queries, the baseline after 475.
     assert result.levels[0].ratio.least == pytest.approx(2.0)
+
+
+def test_a_column_has_one_number_of_decimals():
+    assert comparison_report.decimals([7.13, -6.9334, 0.02]) == 3
+    assert comparison_report.decimals([0.0377, 0.0042], digits=3) == 4
+    assert comparison_report.decimals([12345.6, None, float("inf")]) == 0
+    assert comparison_report.decimals([0.0]) == 3
+    assert [comparison_report.fixed(value, 3) for value in (7.13, 12345.0, -0.0001)] == ["7.130", "12,345.000", "0.000"]
 
 
 def test_half_of_the_seeds_censored(tmp_path: Path):

@@ -34,7 +34,7 @@ def ask(run: Path, request: str) -> str:
     if not (run / "config.toml").is_file():
         raise UserError(f"{run}: no run folder; give one that `diffexp train` writes")
     if is_free(run):
-        raise UserError(f"{run}: no process trains this run; if it is unfinished, `diffexp resume {run}` goes on with it")
+        raise UserError(f"{run}: no process trains this run; unless it is finished, `diffexp resume {run}` goes on")
     folder = run / FOLDER
     try:
         folder.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from diffexp.study import comparison_report
 from diffexp.study.comparison import Arm
 from diffexp.study.statistics import mean_curve
 
@@ -50,7 +51,8 @@ class Chart:
 
     ``x`` says what x counts: "queries" or "iteration", or "timestep" for t from 1000 down to 0. ``stepped`` lines keep
     each value until the next x. ``zero`` makes 0 a part of y, with a line. ``mark`` is
-    an x with a word to it, ``limits`` what y spans at least. ``unit`` stands behind values of ``digits`` digits.
+    an x with a word to it, ``limits`` what y spans at least. ``unit`` stands behind values, the largest of which has
+    ``digits`` significant digits, and the others as many decimals as that.
     """
 
     key: str
@@ -72,6 +74,11 @@ class Chart:
         rows = [row for line in self.lines for row in (line.values, line.low, line.high) if row is not None]
         return [value for row in rows for value in row if value is not None]
 
+    @property
+    def places(self) -> int:
+        """The decimals of its values."""
+        return comparison_report.decimals([*self.extremes(), *(self.limits or ())], self.digits)
+
     def as_json(self) -> dict[str, Any]:
         """What the page's script draws."""
         return {
@@ -84,7 +91,7 @@ class Chart:
             "zero": self.zero,
             "mark": self.mark,
             "limits": self.limits,
-            "digits": self.digits,
+            "places": self.places,
             "lines": [
                 {
                     "label": line.label,
@@ -104,8 +111,8 @@ class Chart:
 
     def rows(self) -> list[list[str]]:
         """The rows of the chart's table: every x, or ``ROWS`` of them, the first and the last included."""
-        picked = spread(len(self.xs), ROWS)
-        return [[count(self.xs[k]), *(cell(line, k, self.digits) for line in self.lines)] for k in picked]
+        picked, places = spread(len(self.xs), ROWS), self.places
+        return [[count(self.xs[k]), *(cell(line, k, places) for line in self.lines)] for k in picked]
 
     @property
     def thinned(self) -> bool:
@@ -155,14 +162,14 @@ def rounded(values: Sequence[float | None]) -> list[float | None]:
     return [None if value is None or not math.isfinite(value) else float(f"{value:.{DIGITS}g}") for value in values]
 
 
-def cell(line: Line, k: int, digits: int) -> str:
+def cell(line: Line, k: int, places: int) -> str:
     """A value in a table, with its spread."""
     value = line.values[k]
     if value is None or not math.isfinite(value):
         return "–"
     high = line.high[k] if line.high is not None else None
-    text = number(value, digits)
-    return text if high is None else f"{text} ± {number(high - value, 2)}"
+    text = fixed(value, places)
+    return text if high is None else f"{text} ± {fixed(high - value, places)}"
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -171,9 +178,15 @@ def number(value: float, digits: int = 4) -> str:
     return text.replace("-", "−")
 
 
-def signed(value: float) -> str:
+def fixed(value: float, places: int) -> str:
+    """So many decimals, and a minus sign that is one."""
+    return comparison_report.fixed(value, places).replace("-", "−")
+
+
+def signed(value: float, places: int = 2) -> str:
     """A difference."""
-    return f"{'+' if value >= 0 else ''}{number(value, 3)}"
+    text = fixed(value, places)
+    return text if text.startswith("−") else f"+{text}"
 
 
 def count(value: float) -> str:

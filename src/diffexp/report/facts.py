@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffexp.report.charts import number, signed
+from diffexp.report.charts import fixed, number, signed
 from diffexp.report.curves import gain_points, number_in, tags_of
 from diffexp.report.sources import Material, Source
 from diffexp.runs.reading import Measure
 from diffexp.sharing.lora_header import without_paths
 from diffexp.study.comparison import Arm, Comparison, analyse
-from diffexp.study.comparison_report import level_rows, main_rows
+from diffexp.study.comparison_report import decimals, level_rows, main_rows
 from diffexp.study.statistics import Estimate, bootstrap_mean, final_reward
 from diffexp.toml import toml_lines
 
@@ -50,7 +50,7 @@ class Recipe:
 def title(material: Material) -> str:
     """What was trained on what."""
     labels = list(dict.fromkeys(arm.label for arm in material.arms))
-    what = " and ".join(labels) if len(labels) <= 2 else f"{len(labels)} methods"
+    what = " and ".join(labels) if len(labels) <= 2 else f"{len(labels)} arms"
     goals = {without_paths(source.config.get("reward")) for source in material.sources}
     return f"{what} on {goals.pop() if len(goals) == 1 else 'several rewards'}"
 
@@ -62,7 +62,7 @@ def lede(material: Material) -> str:
     model = {"emoji": "the emoji world's Stable Diffusion", "emoji-xl": "its twin in XL's shape"}.get(model, model)
     prompts = without_paths(first.config.get("prompts"))
     seeds = {len(arm.runs) for arm in material.arms}
-    runs = f"{plural(len(material.arms), 'method')}, " if len(material.arms) > 1 else ""
+    runs = f"{plural(len(material.arms), 'arm')}, " if len(material.arms) > 1 else ""
     runs += " or ".join(str(k) for k in sorted(seeds)) + (" seed" if seeds == {1} else " seeds")
     each = " each" if len(material.arms) > 1 else ""
     return f"A LoRA on {model}, prompts {prompts}. {runs}{each}, {queries_text(material)}."
@@ -108,7 +108,7 @@ def costs(material: Material, arm: Arm) -> list[Figure]:
         found.append(Figure("speed", f"{number(sum(images) / sum(seconds), 3)} images/s"))
     memory = [m["memory_gib"] for source in members for m in source.run.metrics if number_in(m, "memory_gib")]
     if memory:
-        found.append(Figure("peak memory", f"{max(memory):.2g} GiB"))
+        found.append(Figure("peak memory", f"{number(max(memory), 2)} GiB"))
     return found
 
 
@@ -120,12 +120,13 @@ def outcome(material: Material, arm: Arm, measure: Measure) -> dict[str, str]:
     before = sum(lines[0]["mean"] for lines in found) / len(found)
     finals = [final_reward([line["mean"] for line in lines]) for lines in found]
     after = bootstrap_mean(finals)
-    interval = interval_text(after)
-    change = signed(after.value - before) if any(len(lines) > 1 for lines in found) else "–"
-    detail = f"{change} from {number(before)}" if change != "–" else "only evaluated once"
+    places = decimals(line["mean"] for source in material.sources for line in source.scores.get(measure, ()))
+    interval = interval_text(after, places)
+    change = signed(after.value - before, places) if any(len(lines) > 1 for lines in found) else "–"
+    detail = f"{change} from {fixed(before, places)}" if change != "–" else "only evaluated once"
     return {
-        "before": number(before),
-        "after": number(after.value),
+        "before": fixed(before, places),
+        "after": fixed(after.value, places),
         "change": change,
         "detail": f"{detail}{', 95 % ' + interval if interval else ''}",
     }
@@ -203,7 +204,7 @@ def comparison(material: Material) -> Comparison | None:
 
 def comparison_tables(found: Comparison) -> list[tuple[str, list[list[str]]]]:
     """The tables of a comparison under their captions; the first row of each is its header."""
-    tables = [("Outcome by method", main_rows(found))]
+    tables = [("Outcome by arm", main_rows(found))]
     if any(result.levels for result in found.results):
         tables.append(("Queries to a part of the baseline's gain", level_rows(found)))
     return [(caption, [[str(without_paths(text)) for text in row] for row in rows]) for caption, rows in tables]
@@ -244,17 +245,19 @@ def exploration_text(material: Material, arm: Arm) -> str:
     return f"{'; '.join(parts)}. Iterations 1 to {last} of {source.iterations}." if parts else ""
 
 
-def interval_text(estimate: Estimate) -> str:
+def interval_text(estimate: Estimate, places: int) -> str:
     """A 95 % interval; nothing for one seed."""
-    return "" if estimate.low is None or estimate.high is None else f"[{number(estimate.low)}, {number(estimate.high)}]"
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"[{fixed(estimate.low, places)}, {fixed(estimate.high, places)}]"
 
 
 def duration(seconds: float) -> str:
     """A time in the two units that say it best."""
     minutes, hours = seconds / 60, seconds / 3600
     if minutes < 1:
-        return f"{seconds:.2g} s"
-    return f"{minutes:.2g} min" if hours < 1.5 else f"{hours:.3g} h"
+        return f"{number(seconds, 2)} s"
+    return f"{number(minutes, 2)} min" if hours < 1.5 else f"{number(hours, 3)} h"
 
 
 def plural(number: int, noun: str) -> str:

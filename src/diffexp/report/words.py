@@ -9,6 +9,7 @@ from typing import Any
 
 from diffexp.report.sources import Material
 from diffexp.study.comparison import Arm
+from diffexp.study.comparison_report import decimals
 
 SHOWN = 12
 """The most words that are shown at once."""
@@ -67,10 +68,15 @@ class Word:
             return math.inf
         return NORMAL * math.sqrt(1 / self.weighted.count + 1 / self.other.count)
 
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.difference is not None and abs(self.difference) > self.margin
+
 
 @dataclass(frozen=True)
 class Table:
-    """What one arm's words earned: ``shown`` are the most often weighted ones, by what they were worth; ``rest``."""
+    """What one arm's words earned: ``shown`` are the clear and then the most often weighted ones, each by worth."""
 
     label: str
     shown: Sequence[Word]
@@ -82,12 +88,18 @@ class Table:
     @property
     def clear(self) -> Sequence[Word]:
         """The words, of all, whose interval leaves out 0."""
-        return [w for w in (*self.shown, *self.rest) if w.difference is not None and abs(w.difference) > w.margin]
+        return [word for word in (*self.shown, *self.rest) if word.clear]
 
     @property
     def by_chance(self) -> float:
         """How many intervals would leave out 0 by chance alone."""
         return 0.05 * sum(word.difference is not None for word in (*self.shown, *self.rest))
+
+    @property
+    def places(self) -> int:
+        """The decimals of its rewards."""
+        sides = [side for word in (*self.shown, *self.rest) for side in (word.weighted, word.other)]
+        return decimals((side.mean_reward for side in sides), 3)
 
 
 def tables(material: Material) -> list[Table]:
@@ -111,8 +123,8 @@ def table(label: str, found: Sequence[Mapping[str, Any]]) -> Table | None:
     if not words:
         return None
     # a word that stands in every prompt of one word has no other side: nothing to compare
-    known = [word for word in words if word.difference is not None]
-    shown = sorted(known[:SHOWN], key=lambda word: -(word.difference or 0))
+    known = sorted((word for word in words if word.difference is not None), key=lambda word: not word.clear)
+    shown = sorted(known[:SHOWN], key=lambda word: (not word.clear, -(word.difference or 0)))
     rest = [word for word in words if word not in shown]
     ends = [abs(word.difference or 0) + word.margin for word in shown]
     return Table(label, shown, rest, sum(word.weighted.count for word in words), max(ends, default=1.0))

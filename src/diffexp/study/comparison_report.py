@@ -29,6 +29,8 @@ LARGEST = 256
 """The size in pixels to which it shrinks larger images."""
 
 DEFINITIONS = """\
+- Arm: the runs of one recipe, which differ in their seed only.
+- Seconds: by the clock, with whatever else the machine did meanwhile. Queries do not depend on that.
 - Final reward: the mean of the last 10 % of a run's evaluations.
 - Queries: a query is one image that training had the reward score. A level is reached where the evaluation curve,
   smoothed by a running mean of 3, first meets it, linear between evaluations; the median over seeds, "≥" where runs
@@ -109,15 +111,16 @@ def main_rows(comparison: Comparison) -> list[list[str]]:
     held_out = [m for m in comparison.measures if m.prompts == objective.prompts and m != objective]
     header = ["arm", "seeds", "final reward", "queries to baseline's final", "ratio"]
     rows = [[*header, *(f"held out: {m.reward}" for m in held_out), "seconds a run"]]
-    for result in comparison.results:
+    finals = [_column(result.final.get(measure) for result in comparison.results) for measure in (objective, *held_out)]
+    for result, (trained, *others) in zip(comparison.results, zip(*finals, strict=True), strict=True):
         whole = next((level for level in result.levels if level.fraction == 1), None)
         rows.append(
             [
                 result.arm.label,
                 str(len(result.arm.runs)),
-                estimate_text(result.final.get(objective)),
+                trained,
                 *_level_cells(result, whole),
-                *(estimate_text(result.final.get(measure)) for measure in held_out),
+                *others,
                 "–" if result.seconds is None else f"{result.seconds:,.0f}",
             ]
         )
@@ -127,20 +130,21 @@ def main_rows(comparison: Comparison) -> list[list[str]]:
 def level_rows(comparison: Comparison) -> list[list[str]]:
     """Header and rows: each arm at each fraction of its baseline's gain."""
     rows = [["arm", "part of the gain", "reward", "queries", "ratio"]]
+    places = decimals(level.reward for result in comparison.results for level in result.levels)
     for result in comparison.results:
         for level in result.levels:
             cells = _level_cells(result, level)
-            rows.append([result.arm.label, f"{level.fraction:.0%}", _number(level.reward), *cells])
+            rows.append([result.arm.label, f"{level.fraction:.0%}", fixed(level.reward, places), *cells])
     return rows
 
 
 def final_rows(comparison: Comparison) -> list[list[str]]:
     """Header and rows: each arm's final reward on every prompt set and reward that was evaluated."""
     rows = [["arm", *(f"{measure.reward} on {measure.prompts}" for measure in comparison.measures), "IQM", "nAUC"]]
-    for result in comparison.results:
-        finals = (estimate_text(result.final.get(measure)) for measure in comparison.measures)
-        rows.append([result.arm.label, *finals, _number(result.iqm), estimate_text(result.nauc)])
-    return rows
+    found = comparison.results
+    columns = [_column(result.final.get(measure) for result in found) for measure in comparison.measures]
+    columns += [_column(Estimate(result.iqm, None, None) for result in found), _column(result.nauc for result in found)]
+    return rows + [[result.arm.label, *cells] for result, cells in zip(found, zip(*columns, strict=True), strict=True)]
 
 
 def panels(comparison: Comparison) -> list[figures.Panel]:
@@ -216,7 +220,7 @@ def _sample_prompts(run: Run, count: int) -> list[str]:
 def _level_cells(result: Result, level: Level | None) -> list[str]:
     if level is None:
         return ["–", "–"]
-    ratio = "1" if result.arm is result.baseline else ratio_text(level.ratio)
+    ratio = "1.00" if result.arm is result.baseline else ratio_text(level.ratio)
     reached = sum(reach.reached for reach in level.reaches.values())
     return [f"{_reach(level.median)} ({reached}/{len(level.reaches)})", ratio]
 
@@ -239,16 +243,31 @@ def ratio_text(ratio: Ratio | None) -> str:
     return f"{text} [{ratio.low:.2f}, {'∞' if math.isinf(ratio.high) else f'{ratio.high:.2f}'}]"
 
 
-def estimate_text(estimate: Estimate | None) -> str:
+def _column(estimates: Iterable[Estimate | None]) -> list[str]:
+    found = list(estimates)
+    places = decimals(value for one in found if one for value in one)
+    return [estimate_text(estimate, places) for estimate in found]
+
+
+def estimate_text(estimate: Estimate | None, places: int | None = None) -> str:
+    """An estimate and its interval; without ``places`` with as many decimals as stand it well alone."""
     if estimate is None:
         return "–"
+    places = decimals(estimate) if places is None else places
     if estimate.low is None or estimate.high is None:
-        return _number(estimate.value)
-    return f"{_number(estimate.value)} [{_number(estimate.low)}, {_number(estimate.high)}]"
+        return fixed(estimate.value, places)
+    return f"{fixed(estimate.value, places)} [{fixed(estimate.low, places)}, {fixed(estimate.high, places)}]"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def decimals(values: Iterable[float | None], digits: int = 4) -> int:
+    """How many decimals a column of ``values`` has, so that the largest of them has so many significant digits."""
+    largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
+    return max(0, digits - 1 - math.floor(math.log10(largest))) if largest else digits - 1
+
+
+def fixed(value: float, places: int) -> str:
+    """A number with so many decimals; what they round to zero has no sign."""
+    return f"{round(value, places) + 0.0:,.{places}f}"
 
 
 def table_text(rows: Sequence[Sequence[str]]) -> str:

@@ -118,14 +118,14 @@ def rows(measured: Measured) -> list[list[str]]:
             table.append([measured.panel.label(arm), "0", *["not run yet"] * 6])
             continue
         one = measured.result(arm)
-        ratios = ["1" if arm == first else ratio_text(level.ratio) for level in one.levels] or ["–"] * 3
+        ratios = ["1.00" if arm == first else ratio_text(level.ratio) for level in one.levels] or ["–"] * 3
         more = None if arm == first else diversity_gain(measured, arm, first)
         table.append(
             [
                 measured.panel.label(arm),
                 str(len(runs.runs)),
                 estimate_text(one.final.get(measured.measure)),
-                f"{one.iqm:.4g}",
+                estimate_text(Estimate(one.iqm, None, None)),
                 *ratios,
                 "–" if more is None else signed(more),
             ]

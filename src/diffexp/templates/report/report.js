@@ -7,10 +7,8 @@
   let data, plots = [], stop = null, timer = null, last = [];
 
   const css = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-  const number = (v, digits = 4) => {
-    const text = Math.abs(v) >= 10 ** digits ? Math.round(v).toLocaleString("en") : v.toPrecision(digits);
-    return text.replace("-", "−");
-  };
+  const number = (v, places) => (Number(v.toFixed(places)) + 0) // no minus before a zero
+    .toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places }).replace("-", "−");
   const place = (chart, x) => chart.x === "timestep" ? `t = ${1000 - x}`
     : chart.x === "iteration" ? `iteration ${x.toLocaleString("en")}` : `${x.toLocaleString("en")} ${chart.x}`;
 
@@ -33,13 +31,27 @@
     return { series, columns, bands };
   }
 
+  // uPlot's round steps, and the end: where the last of them would touch it, it goes
+  function ticks(chart, low, high, step) {
+    const end = chart.xs[chart.xs.length - 1], found = [];
+    for (let at = Math.ceil(low / step) * step; at < end - 0.8 * step; at += step) found.push(at);
+    return [...found, end];
+  }
+
+  // the values of a line of steps, or of many the first and the last
+  function course(values) {
+    const found = values.filter((value, k) => k === 0 || value !== values[k - 1]);
+    return found.length > 3 ? [found[0], found[found.length - 1]] : found;
+  }
+
   function axes(chart) {
     const common = { stroke: css("muted"), font: FONT, ticks: { show: false }, border: { show: false } };
     const steps = chart.x === "timestep" ? (u, splits) => splits.map((v) => String(1000 - v))
       : (u, splits) => splits.map((v) => Number.isInteger(v) ? v.toLocaleString("en") : "");
     const label = { "timestep": "t, from noise to image" }[chart.x] || chart.x;
     return [
-      { ...common, grid: { show: false }, values: steps, label, labelFont: FONT, labelSize: 18, size: 28, space: 56 },
+      { ...common, grid: { show: false }, values: steps, label,
+        splits: (u, axis, low, high, step) => ticks(chart, low, high, step), labelFont: FONT, labelSize: 18, size: 28, space: 56 },
       { ...common, grid: { stroke: css("rule"), width: 1 }, size: 52, space: 34,
         values: (u, splits) => splits.map((v) => String(Number(v.toPrecision(6))).replace("-", "−")) },
     ];
@@ -83,18 +95,21 @@
   }
 
   function read(figure, chart, index, hovered) {
-    const texts = [];
+    const texts = [], whole = chart.stepped && !hovered;
     chart.lines.forEach((line, k) => {
       let at = index;
       while (at > 0 && line.values[at] === null) at -= 1;
       const value = line.values[at], high = line.high ? line.high[at] : null;
-      let text = value === null ? "–" : number(value, chart.digits) + (high === null ? "" : ` ± ${number(high - value, 2)}`);
+      let text = value === null ? "–" : number(value, chart.places);
+      if (value !== null && high !== null) text += ` ± ${number(high - value, chart.places)}`;
+      if (whole) text = course(line.values).map((one) => number(one, chart.places)).join(" → ");
       if (value !== null) text += chart.unit;
       figure.querySelector(`[data-line="${k}"]`).textContent = text;
       texts.push(`${line.label} ${text}`);
     });
-    const where = place(chart, chart.xs[index]);
-    figure.querySelector(".at").textContent = hovered || chart.xs.length === 1 ? `at ${where}` : `at the end, ${where}`;
+    const where = whole ? "from t = 1000 to 0" : place(chart, chart.xs[index]);
+    const when = hovered || chart.xs.length === 1 ? `at ${where}` : `at the end, ${where}`;
+    figure.querySelector(".at").textContent = whole ? where : when;
     const plot = figure.querySelector(".plot");
     plot.setAttribute("aria-valuenow", index);
     plot.setAttribute("aria-valuetext", `${where}: ${texts.join("; ")}`);
@@ -111,10 +126,12 @@
     };
     const u = new uPlot({
       width: Math.max(box.clientWidth, 160), height: HEIGHT, series, bands, axes: axes(chart),
-      padding: [8, 12, 0, 0], legend: { show: false }, scales: { x: { time: false, range: pad }, y: { range: room } },
+      padding: [8, 22, 0, 0], legend: { show: false }, scales: { x: { time: false, range: pad }, y: { range: room } },
       cursor: { drag: { x: false, y: false, setScale: false }, sync: { key: chart.x, scales: ["x", null] },
         points: { show: (self, k) => self.series[k].main ? undefined : false } },
-      hooks: { draw: [marks(chart)],
+      hooks: { draw: [marks(chart), ({ scales: { y } }) => {
+        figure.querySelector(".cut").hidden = y.min <= 0 && y.max >= 0;
+      }],
         setCursor: [(self) => {
           const index = self.cursor.idx;
           read(figure, chart, index === null || index === undefined ? end : index, index !== null && index !== undefined);
