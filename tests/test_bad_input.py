@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from diffexp import cli
 from diffexp.errors import UserError, writing
+from diffexp.processes import launch
 from diffexp.rewards import sources, weights
 from diffexp.runs import durable
 
@@ -704,6 +705,22 @@ def test_an_environment_that_says_nonsense(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv(variable, value)
     check(diffexp, place, shlex.split(command), says)
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "(signal 9); the others were ended; the same command again goes on from",
+        ),
+        ("import sys; sys.exit('no luck')", "(exit code 1: no luck); the others were ended$"),
+    ],
+)
+def test_a_process_that_is_killed_can_go_on(code: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, "-c", code))
+    with pytest.raises(UserError, match=says.replace("(", r"\(").replace(")", r"\)")):
+        launch.launch(2, [])
 
 
 def test_a_port_that_is_taken(place: Path, finished: Path, diffexp: Command) -> None:
