@@ -54,7 +54,7 @@ def test_old_and_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert doctor.extras() == {"wandb": "installed"}
     monkeypatch.setattr(doctor, "requires", lambda _: [f'{name}; extra == "docs"' for name in ("mkdocs", "nosuch")])
     monkeypatch.setattr(doctor, "state", lambda each: "missing" if each.name == "nosuch" else "1.0")
-    assert doctor.extras() == {"docs": "incomplete, lacking nosuch"}
+    assert doctor.extras() == {"docs": "incomplete (packages missing: nosuch)"}
 
 
 def test_one_is_no_plural() -> None:

@@ -96,7 +96,7 @@ def completeness(lacking: list[str]) -> str:
     names = list(filter(None, lacking))
     if not names:
         return "installed"
-    return "not installed" if len(names) == len(lacking) else f"incomplete, lacking {', '.join(names)}"
+    return "not installed" if len(names) == len(lacking) else f"incomplete (packages missing: {', '.join(names)})"
 
 
 def devices() -> dict[str, Any]:
