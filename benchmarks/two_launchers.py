@@ -64,7 +64,8 @@ def launchers(name: str, where: int) -> list[list[str]]:
     """The command lines that two machines would use."""
     address = ["127.0.0.1", str(where)]
     if name == "accelerate":
-        module, shape = "accelerate.commands.launch", ["--cpu", "--num_machines", "2", "--num_processes", "2"]
+        # as it chooses by itself where there are GPUs; with --cpu it would start each process alone
+        module, shape = "accelerate.commands.launch", ["--multi_gpu", "--num_machines", "2", "--num_processes", "2"]
         place, rank = ["--main_process_ip", address[0], "--main_process_port", address[1]], "--machine_rank"
     else:
         module, shape = "torch.distributed.run", ["--nnodes", "2", "--nproc-per-node", "1"]
