@@ -111,8 +111,8 @@ class Ranks:
     def together(self, rescue: Callable[[], None]) -> Iterator[None]:
         """A block that all ranks go through, and leave together. An error on one of them ends it on all.
 
-        ``rescue`` is called before this process ends because of an error, its own or another's; perhaps on a thread. Not
-        after a second Ctrl-C, a KeyboardInterrupt that is no ``Interrupted``: who insists does not wait for a disk.
+        ``rescue`` is called before this process ends because of an error, its own or another's; perhaps on a thread.
+        Not after a second Ctrl-C, a KeyboardInterrupt that is no ``Interrupted``: who insists waits for no disk.
         """
         if self.heartbeat:
             self.heartbeat.rescue = rescue
