@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+from faultydisk import OWNERS
 
 from diffexp import cli, train
 from diffexp.config import Recipe
@@ -94,10 +95,12 @@ def make_read_only(folder: Path, patch: pytest.MonkeyPatch, code: int = errno.ER
         mode = options.get("mode", mode)
         return bool(mode & (os.O_WRONLY | os.O_RDWR)) if isinstance(mode, int) else bool(set(mode) & set("wax+"))
 
-    for owner, name in ((builtins, "open"), (io, "open"), (os, "open")):
-        patch.setattr(owner, name, guarded(getattr(owner, name), to_write))
-    for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "symlink", "truncate", "utime"):
-        patch.setattr(os, name, guarded(getattr(os, name), lambda *_, **__: True))
+    for owner in (builtins, io, *OWNERS):
+        patch.setattr(owner, "open", guarded(owner.open, to_write))
+    for owner in OWNERS:
+        for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "symlink", "truncate", "utime"):
+            if hasattr(owner, name):
+                patch.setattr(owner, name, guarded(getattr(owner, name), lambda *_, **__: True))
 
 
 def commands(app: typer.Typer, *above: str) -> Iterator[list[str]]:

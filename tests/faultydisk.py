@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ import pytest
 
 OPERATIONS = ("open", "write", "fsync", "mkdir", "rename", "replace", "truncate", "unlink", "rmdir")
 """Everything in ``os`` by which the code changes a file or makes a change last."""
+
+
+OWNERS = (os, *filter(None, [getattr(pathlib, "_normal_accessor", None)]))
+"""Where the code finds these: Python 3.10's pathlib keeps references of its own."""
 
 
 class Disk:
@@ -27,8 +33,9 @@ class Disk:
     @contextmanager
     def watched(self) -> Iterator[Disk]:
         with pytest.MonkeyPatch.context() as patch:
-            for name in OPERATIONS:
-                patch.setattr(os, name, self.announced(name, getattr(os, name)))
+            for owner in OWNERS:
+                for name in filter(partial(hasattr, owner), OPERATIONS):
+                    patch.setattr(owner, name, self.announced(name, getattr(owner, name)))
             yield self
 
     def announced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

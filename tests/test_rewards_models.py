@@ -17,10 +17,14 @@ from transformers import (
     BlipTextConfig,
     BlipVisionConfig,
     CLIPConfig,
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionConfig,
 )
+
+try:
+    from transformers import CLIPImageProcessorPil
+except ImportError:  # before Pillow's had a name of its own
+    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
 
 from diffexp.errors import UserError
 from diffexp.rewards import aesthetic, hpsv2, imagereward

@@ -85,7 +85,9 @@ def kind(value: Schema) -> str:
         return f"list of {kind(value['items'])}"
     names = {"string": "text", "boolean": "`true`, `false`", "object": "table"}
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {value[key]:,}" for key, sign in signs.items() if key in value]
+    # versions of pydantic differ in whether a bound is 0 or 0.0
+    known = {key: int(value[key]) if value[key] == int(value[key]) else value[key] for key in signs if key in value}
+    bounds = [f"{signs[key]} {bound:,}" for key, bound in known.items()]
     return " ".join([names.get(value["type"], value["type"]), ", ".join(bounds)]).strip()
 
 
