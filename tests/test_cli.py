@@ -143,7 +143,7 @@ def test_from_training_to_comparison(
         (["train", "emoji-ddpo", "--set", "model.path=/no/such/model"], "neither a folder nor a model"),
         (["train", "emoji-ddpo", "--set", "device=tpu9"], "not on this machine"),
         (["train", "emoji-ddpo", "--set", "prompts=EMPTY"], "empty.txt"),
-        (["evaluate", "/no/such/run"], "neither a folder nor a model"),
+        (["evaluate", "/no/such/run"], "neither a run folder nor a model"),
         (["compare", "/no/such/run", "--out", "x"], "/no/such/run"),
         (["sample", "emoji", "--prompt", "cat", "--out", "x", "--explore"], "explores nothing"),
     ],

@@ -156,6 +156,16 @@ def test_a_revision_is_resolved_to_its_commit(revision: str | None, one: Path, o
     assert (found / "model_index.json").is_file()
 
 
+def test_of_a_commit_in_the_cache_nobody_is_asked(one: Path, offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's library tries for 23 seconds where there is no network."""
+    snapshot = write_hub_cache(offline, "someone/model", one, COMMIT)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "snapshot_download", None)
+        assert hub.locate("someone/model", COMMIT) == (snapshot, Source("someone/model", COMMIT))
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert hub.cached("someone/model", COMMIT, None) is None, "what lacks a part is not all there"
+
+
 def test_what_is_not_cached_is_one_clear_line(one: Path, offline: Path) -> None:
     write_hub_cache(offline, "someone/model", one, COMMIT)
     with pytest.raises(UserError, match="hub or its cache has at revision 'another'"):

@@ -5,16 +5,20 @@ A hub name is resolved to a commit once, as an index can change between its chec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from diffexp.emoji import MODELS, model_path
 from diffexp.errors import UserError, one_line
 from diffexp.models.base import Source
+from diffexp.models.foreign import read_json
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -37,6 +41,8 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")
         return Path(name), Source(name)
+    if revision and COMMIT.fullmatch(revision) and (folder := cached(name, revision, variant)):
+        return folder, Source(name, folder.name)  # what a commit is never changes: nobody has to be asked
     try:
         folder = fetched(name, revision, list(needed_files(variant)))
     except Exception as error:
@@ -47,6 +53,22 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
             "diffexp download RECIPE"
         ) from error
     return folder, Source(name, folder.name)
+
+
+def cached(name: str, revision: str | None, variant: str | None) -> Path | None:
+    """The snapshot of a hub model in the cache, if it has the weights of all the model's parts."""
+    try:
+        index = try_to_load_from_cache(name, "model_index.json", revision=revision)
+    except ValueError:  # no name that the hub would take
+        return None
+    if not isinstance(index, str):
+        return None
+    folder = Path(index).parent
+    weights = [pattern for pattern in needed_files(variant) if pattern.endswith(".safetensors")]
+    found = {pattern.partition("/")[0] for pattern in weights if any(folder.glob(pattern))}
+    return (
+        folder if found.issuperset(part for part in WEIGHTS if part in read_json(folder / "model_index.json")) else None
+    )
 
 
 def fetched(name: str, revision: str | None, patterns: list[str]) -> Path:

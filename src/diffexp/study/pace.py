@@ -13,16 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from huggingface_hub import try_to_load_from_cache
-
 from diffexp import assembly, prompts, rewards
 from diffexp.config import Recipe
 from diffexp.devices import device
 from diffexp.emoji import MODELS
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
-from diffexp.models.foreign import read_json
-from diffexp.models.hub import WEIGHTS, needed_files
+from diffexp.models.hub import cached
 from diffexp.rewards.base import score
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Batch
@@ -108,24 +105,11 @@ def impractical(recipe: Recipe) -> bool:
 
 def lacking(recipe: Recipe) -> str | None:
     """What a trial of the recipe would have to download: its model, or its reward. Asks the caches alone."""
-    if of_the_hub(recipe.model) and not cached(recipe.model):
-        return f"model {recipe.model.path}"
+    model = recipe.model
+    if of_the_hub(model) and not cached(model.path, model.revision, model.variant):
+        return f"model {model.path}"
     reward = parse(recipe.reward)[0].name
     return None if all(need.present for need in rewards.check(reward)) else f"reward {reward}"
-
-
-def cached(model: ModelSettings) -> bool:
-    """Whether the hub's cache has a model with the weights of all its parts."""
-    try:
-        index = try_to_load_from_cache(model.path, "model_index.json", revision=model.revision)
-    except ValueError:  # no name that the hub would take
-        return False
-    if not isinstance(index, str):
-        return False
-    parts = [part for part in WEIGHTS if part in read_json(Path(index))]
-    weights = [pattern for pattern in needed_files(model.variant) if pattern.endswith(".safetensors")]
-    found = {pattern.partition("/")[0] for pattern in weights if any(Path(index).parent.glob(pattern))}
-    return found.issuperset(parts)
 
 
 def why_unknown(recipe: Recipe, name: str) -> str | None:
