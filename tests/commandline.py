@@ -50,8 +50,11 @@ def diffexp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-def refused(said: Said, *parts: str, lines: int = 1) -> None:
-    """Asserts that a command ended with exit code 2 and one clear line a mistake, which has all of ``parts``."""
+def refused(said: Said, *parts: str | tuple[str, ...], lines: int = 1) -> None:
+    """Asserts that a command ended with exit code 2 and one clear line a mistake, which has all of ``parts``.
+
+    A tuple is one part in the words of several versions of a library.
+    """
     assert said.code == 2, said
     complaints = said.err.strip("\n").split("\n")
     assert len(complaints) == lines, said.err
@@ -60,7 +63,7 @@ def refused(said: Said, *parts: str, lines: int = 1) -> None:
         assert line.isprintable(), repr(line)
         assert len(line) <= LONGEST, f"{len(line)} letters: {line[:LONGEST]}"
     for part in parts:
-        assert part in said.err, said.err
+        assert any(words in said.err for words in ([part] if isinstance(part, str) else part)), said.err
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -41,17 +39,9 @@ def locate(name: str, revision: str | None, variant: str | None = None) -> tuple
         if not (Path(name) / "model_index.json").is_file():
             raise UserError(f"model.path = {name!r}: no model_index.json in it, so it is no diffusers folder")
         return Path(name), Source(name)
-    if revision and COMMIT.fullmatch(revision) and (folder := cached(name, revision, variant)):
-        return folder, Source(name, folder.name)  # what a commit is never changes: nobody has to be asked
-    try:
-        folder = fetched(name, revision, list(needed_files(variant)))
-    except Exception as error:
-        at = f" at revision {revision!r}" if revision else ""
-        raise UserError(
-            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has{at} "
-            f"({one_line(error.__cause__ or error)}); for a machine without internet, fill the cache on another one: "
-            "diffexp download RECIPE"
-        ) from error
+    # what a commit is never changes, so that nobody has to be asked
+    folder = cached(name, revision, variant) if revision and COMMIT.fullmatch(revision) else None
+    folder = folder or fetched(name, revision, variant)
     return folder, Source(name, folder.name)
 
 
@@ -64,24 +54,29 @@ def cached(name: str, revision: str | None, variant: str | None) -> Path | None:
     if not isinstance(index, str):
         return None
     folder = Path(index).parent
+    parts = WEIGHTS.keys() & read_json(folder / "model_index.json").keys()
     weights = [pattern for pattern in needed_files(variant) if pattern.endswith(".safetensors")]
-    found = {pattern.partition("/")[0] for pattern in weights if any(folder.glob(pattern))}
-    return (
-        folder if found.issuperset(part for part in WEIGHTS if part in read_json(folder / "model_index.json")) else None
-    )
+    return folder if parts <= {pattern.partition("/")[0] for pattern in weights if any(folder.glob(pattern))} else None
 
 
-def fetched(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """The snapshot of a hub model, from the cache if the hub can't be reached."""
-    fetch = partial(snapshot_download, name, revision=revision, allow_patterns=patterns)
+def fetched(name: str, revision: str | None, variant: str | None) -> Path:
+    """The snapshot of a hub model: the hub's, or where it can't be reached the cache's.
+
+    Raises:
+        UserError: if neither has it.
+    """
     try:
         # asks once for the commit, and leaves a note of it in the cache, by which it is found again without a network
-        return Path(fetch())
-    except Exception:
-        # some versions ask again for the list of a commit's files, though all of them are in the cache
-        with suppress(Exception):
-            return Path(fetch(local_files_only=True))
-        raise
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(needed_files(variant))))
+    except Exception as error:  # of the hub's library, or of any of those that it asks the network by
+        if folder := cached(name, revision, variant):  # some versions want a list of files from the hub all the same
+            return folder
+        at = f" at revision {revision!r}" if revision else ""
+        raise UserError(
+            f"model.path = {name!r}: neither a folder nor a model that the hub or its cache has{at} "
+            f"({one_line(error.__cause__ or error)}); for a machine without internet, fill the cache on another one: "
+            "diffexp download RECIPE"
+        ) from error
 
 
 def needed_files(variant: str | None) -> Iterable[str]:
