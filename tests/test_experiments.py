@@ -133,7 +133,8 @@ def test_tuning_has_equal_budgets_and_seeds_of_its_own() -> None:
     tuned, reported = jobs(["tuning"], scale), jobs(chosen("all", "emoji").keys() - {"tuning"}, scale)
     assert {one.recipe.seed for one in tuned} == {100, 101}
     assert not {one.recipe.seed for one in reported} & {100, 101}
-    for algorithm, task in (("ddpo", "dolphin"), ("alignprop", "pickscore")):
+    tasks = ("ddpo", "dolphin"), ("ddpo", "aesthetic"), ("alignprop", "pickscore"), ("alignprop", "aesthetic")
+    for algorithm, task in tasks:
         plain, explored = (
             [one.recipe for one in tuned if re.fullmatch(f"tuning-{task}-{algorithm}{part}-lr.*", one.name)]
             for part in ("", "-diffexp")
@@ -145,7 +146,11 @@ def test_tuning_has_equal_budgets_and_seeds_of_its_own() -> None:
 
 
 def test_what_was_tuned_goes_to_its_side() -> None:
-    choice = {("ddpo", True): {"optimizer.learning_rate": 3e-3}, ("ddpo", False): {"algorithm.inner_epochs": 2}}
+    choice = {
+        ("ddpo", "pickscore", True): {"optimizer.learning_rate": 3e-3},
+        ("ddpo", "pickscore", False): {"algorithm.inner_epochs": 2},
+        ("ddpo", "aesthetic", True): {"optimizer.learning_rate": 1.0},
+    }
     rates = {
         name: job(SCALES["emoji"], "pickscore", Arm("ddpo", name), 0, {}, choice).recipe
         for name in ("plain", "masked", "mean-4.6", "diffexp", "masked-diffexp", "rollout-only")

@@ -117,24 +117,31 @@ def test_a_store_is_small_and_gives_the_runs_back(store: Path, tmp_path: Path) -
 
 
 def test_tuning_takes_the_best_mean_of_each_side(tmp_path: Path) -> None:
-    """The mean over seeds decides, and only once every candidate of the algorithm has been tried to its end."""
+    """The mean over seeds decides, task by task, and only once every candidate has been tried there to its end."""
     gains = {"lr-1e-3-s100": 1.0, "lr-1e-3-s101": 1.0, "lr-3e-3-s100": 2.5, "lr-3e-3-s101": 0.0}
     every = jobs(["tuning"], EMOJI)
     for job in every[:-1]:
-        best = "ddpo-diffexp-lr-3e-3-epochs-2" in job.name
+        best = "dolphin-ddpo-diffexp-lr-3e-3-epochs-2" in job.name or "aesthetic-alignprop-lr-1e-2" in job.name
         write_run(tmp_path, job, 3.0 if best else next((g for key, g in gains.items() if job.name.endswith(key)), 0.5))
-    assert {algorithm for algorithm, _ in tuning.choice(EMOJI, tmp_path)} == {"alignprop"}, "a run of DDPO is missing"
+    tuned = {("alignprop", task) for task in ("pickscore", "drawbench", "aesthetic", "sdxl")}
+    tuned |= {("ddpo", task) for task in ("dolphin", "pickscore", "aesthetic")}
+    so_far = {(algorithm, task) for algorithm, task, _ in tuning.choice(EMOJI, tmp_path)}
+    assert so_far == tuned - {("ddpo", "aesthetic")}, "a run of it is missing"
     write_run(tmp_path, every[-1], 0.0)
     choice = tuning.choice(EMOJI, tmp_path)
-    assert choice["ddpo", True] == {"optimizer.learning_rate": 3e-3}
-    assert choice["ddpo", False] == {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2}
-    assert choice["alignprop", True] == {"optimizer.learning_rate": 3e-3}
+    assert {(algorithm, task) for algorithm, task, _ in choice} == tuned
+    assert choice["ddpo", "dolphin", True] == choice["ddpo", "aesthetic", False] == {"optimizer.learning_rate": 3e-3}
+    epochs = {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2}
+    assert choice["ddpo", "dolphin", False] == choice["ddpo", "pickscore", False] == epochs
+    assert choice["alignprop", "drawbench", True] == {"optimizer.learning_rate": 3e-3}
+    assert choice["alignprop", "sdxl", True] == {"optimizer.learning_rate": 1e-2}
+    assert choice["alignprop", "sdxl", False] == {"optimizer.learning_rate": 3e-3}
     figure = FIGURES["tuning"]
     assert isinstance(figure, Tuning)
     rows = tuning.rows(tuning.tried(figure, EMOJI, tmp_path))
-    assert ["DDPO", "lr-3e-3", "9.5, 7", "8.25", "yes"] in rows
-    assert len(rows) == 1 + 16
-    assert sum(row[-1] == "yes" for row in rows) == 4
+    assert ["dolphin", "DDPO", "lr-3e-3", "9.5, 7", "8.25", "yes"] in rows
+    assert len(rows) == 1 + 32
+    assert sum(row[-1] == "yes" for row in rows) == 8
 
 
 def test_every_figure_of_numbers_in_the_paper_has_a_claim() -> None:

@@ -95,12 +95,17 @@ class Strategies:
 class Tuning:
     """The settings tried for each arm, on other seeds than the figures', in runs of half the length.
 
-    Each algorithm has the task on which so short a run shows what it learned.
+    ``tasks`` has, by algorithm, the tasks that it is tuned on, and for each those that take what was chosen there.
     """
 
     title: str
-    tasks: Mapping[str, str]
+    tasks: Mapping[str, Mapping[str, Sequence[str]]]
     arms: Sequence[Arm]
+
+    @property
+    def tried(self) -> list[tuple[str, Arm]]:
+        """Each arm on each task that it is tuned on."""
+        return [(task, arm) for arm in self.arms for task in self.tasks[arm.algorithm]]
 
 
 Figure = Curves | Bars | Grid | Strategies | Tuning
@@ -142,8 +147,16 @@ def masking(title: str, baseline: str, *variants: str) -> Curves:
 
 # Those with the most seeds first: what a study that is cut short has is then worth most.
 FIGURES: dict[str, Figure] = {
-    # ours: DDPO learns nothing to speak of on 135 prompts in so few queries, on one it does
-    "tuning": Tuning("Settings tried", {"alignprop": "pickscore", "ddpo": "dolphin"}, ALIGNPROP + DDPO),
+    # ours: each reward has a scale of its own, so what is right for one may be far from right for the other. DDPO
+    # learns nothing to speak of on 135 prompts in so few queries, on one it does.
+    "tuning": Tuning(
+        "Settings tried",
+        {
+            "alignprop": {"pickscore": ("pickscore", "drawbench"), "aesthetic": ("aesthetic", "sdxl")},
+            "ddpo": {"dolphin": ("dolphin", "pickscore"), "aesthetic": ("aesthetic",)},
+        },
+        ALIGNPROP + DDPO,
+    ),
     "4": Curves("Reward on training prompts", main_panels()),
     "6": Curves("Reward on unseen prompts", main_panels(unseen=True)),
     "7": Bars("A reward that was not trained on", main_panels(held_out=True)),
@@ -256,8 +269,8 @@ class Painting(NamedTuple):
     images: int
 
 
-Choice = Mapping[tuple[str, bool], Mapping[str, Any]]
-"""What tuning chose: settings by algorithm, and by whether it is its baseline."""
+Choice = Mapping[tuple[str, str, bool], Mapping[str, Any]]
+"""What tuning chose: settings by algorithm and task, and by whether it is the baseline."""
 
 
 def job(
@@ -269,7 +282,7 @@ def job(
         UserError: if they make no valid recipe.
     """
     variant, recipe = VARIANTS[arm.variant], scale.recipes[arm.algorithm]
-    tuned = (chosen or {}).get((arm.algorithm, variant.plain or variant.baseline), {})
+    tuned = (chosen or {}).get((arm.algorithm, task, variant.plain or variant.baseline), {})
     budget = scale.budgets.get(arm.algorithm, {})
     settings = {**scale.tasks[task].overrides(), **budget, **tuned, **variant.changes, "seed": seed, **overrides}
     name = recipe if variant.plain else f"{recipe}-diffexp"
@@ -281,22 +294,22 @@ def run_name(task: str, arm: Arm, seed: int) -> str:
     return f"{task}-{arm.algorithm}{'' if arm.variant == 'plain' else f'-{arm.variant}'}-s{seed}"
 
 
-def trial_name(figure: Tuning, arm: Arm, candidate: str, seed: int) -> str:
+def trial_name(task: str, arm: Arm, candidate: str, seed: int) -> str:
     """What the run of a candidate is called."""
-    run = run_name(figure.tasks[arm.algorithm], arm, seed)
+    run = run_name(task, arm, seed)
     return f"tuning-{run.removesuffix(f'-s{seed}')}-{candidate}-s{seed}"
 
 
-def trials(figure: Tuning, scale: Scale, arm: Arm, candidate: str, overrides: Mapping[str, Any]) -> list[Job]:
+def trials(scale: Scale, task: str, arm: Arm, candidate: str, overrides: Mapping[str, Any]) -> list[Job]:
     """The runs of one candidate for an arm: half as long as the figures', evaluated at both ends."""
     found = []
     for seed in TUNING_SEEDS:
         settings = {**scale.candidates[arm.algorithm][candidate], **overrides}
-        whole = job(scale, figure.tasks[arm.algorithm], arm, seed, settings).recipe
+        whole = job(scale, task, arm, seed, settings).recipe
         half = max(1, whole.iterations // 2)
         short = {"iterations": half, "evaluation.every": half, "evaluation.prompts": [whole.prompts]}
         recipe = Recipe.parse(whole.model_dump(), "tuning", short)
-        found.append(Job(trial_name(figure, arm, candidate, seed), recipe))
+        found.append(Job(trial_name(task, arm, candidate, seed), recipe))
     return found
 
 
@@ -317,8 +330,8 @@ def jobs(
     for name in names:
         figure = FIGURES[name]
         if isinstance(figure, Tuning):
-            tried = [(arm, key) for arm in figure.arms for key in scale.candidates[arm.algorithm]]
-            made = [one for arm, key in tried for one in trials(figure, scale, arm, key, overrides or {})]
+            tried = [(task, arm, key) for task, arm in figure.tried for key in scale.candidates[arm.algorithm]]
+            made = [one for trial in tried for one in trials(scale, *trial, overrides or {})]
         else:
             each = [(seed, *one) for seed in range(seeds_of(name, scale, seeds)) for one in wanted(figure)]
             made = [job(scale, task, arm, seed, overrides or {}, chosen) for seed, task, arm in each]
@@ -348,7 +361,7 @@ def wanted(figure: Figure) -> list[tuple[str, Arm]]:
     if isinstance(figure, Strategies):
         return []
     if isinstance(figure, Tuning):
-        return [(figure.tasks[arm.algorithm], arm) for arm in figure.arms]
+        return figure.tried
     parts = figure.blocks if isinstance(figure, Grid) else figure.panels
     return [(part.task, arm) for part in parts for arm in part.arms]
 
