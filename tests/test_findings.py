@@ -140,7 +140,7 @@ def test_tuning_takes_the_best_mean_of_each_side(tmp_path: Path) -> None:
     assert isinstance(figure, Tuning)
     rows = tuning.rows(tuning.tried(figure, EMOJI, tmp_path))
     assert ["dolphin", "DDPO", "lr-3e-3", "9.5, 7", "8.25", "yes"] in rows
-    assert len(rows) == 1 + 32
+    assert len(rows) == 1 + 28
     assert sum(row[-1] == "yes" for row in rows) == 8
 
 

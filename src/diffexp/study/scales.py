@@ -120,7 +120,6 @@ SCALES = {
         },
         candidates={
             "ddpo": {
-                "lr-1e-3": {"optimizer.learning_rate": 1e-3},
                 "lr-3e-3": {"optimizer.learning_rate": 3e-3},
                 "lr-1e-2": {"optimizer.learning_rate": 1e-2},
                 "lr-3e-3-epochs-2": {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2},
