@@ -68,40 +68,39 @@ class World:
         self.pipe = pipeline(device=device)
         self.judge, self.alignment, self.aesthetic = EmojiJudge(device), EmojiAlignment(device), EmojiAesthetic(device)
 
-    def animals_named(self, guidance: float, each: int, seed: int = 1000) -> float:
-        """The share of single-animal samples in which the judge sees the right one of all 51 animals."""
+    def alone(self, guidance: float, eta: float, each: int, seed: int = 1000) -> dict[str, Tensor]:
+        """Of each single-animal sample whether the judge sees the right one of all 51 animals, and two scores."""
         prompts = [animal for animal in ALL_ANIMALS for _ in range(each)]
-        chosen = self.judge.choose(sample(self.pipe, prompts, guidance, seed), ALL_ANIMALS)
-        return sum(ALL_ANIMALS[k] == text for k, text in zip(chosen, prompts, strict=True)) / len(prompts)
+        images = sample(self.pipe, prompts, guidance, seed, eta=eta)
+        chosen = self.judge.choose(images, ALL_ANIMALS)
+        return {
+            "alone": torch.tensor([float(ALL_ANIMALS[k] == text) for k, text in zip(chosen, prompts, strict=True)]),
+            "alone, alignment": self.alignment(images, prompts),
+            "alone, judge": self.judge(images, prompts),
+        }
 
-    def halves(self, guidance: float, each: int, share: int = 6, seed: int = 5000) -> dict[str, float]:
-        """What the judge finds in animal–activity samples: the animal, the activity, both; and the three scores.
+    def halves(self, guidance: float, eta: float, each: int, seed: int = 5000) -> dict[str, Tensor]:
+        """Of each animal–activity sample whether the judge finds the animal, the activity, both; and the three scores.
 
-        Every animal appears with ``share`` of the six activities (1, 2, 3 or 6), ``each`` times.
+        Every animal appears with each of the six activities, ``each`` times.
 
         The animal is found when, among the prompts "a X ACTIVITY" over all 51 animals and "X" alone, the best one names
         it; the activity when the best one of "a X ACTIVITY" over the six activities and "X" alone names it.
         """
-        count = len(ALL_ACTIVITIES)
-        chosen = [
-            (k, (k + shift) % count) for k in range(len(ALL_ANIMALS)) for shift in range(0, count, count // share)
-        ]
-        pairs = [(ALL_ANIMALS[k], ALL_ACTIVITIES[j]) for k, j in chosen for _ in range(each)]
+        pairs = [(animal, activity) for animal in ALL_ANIMALS for activity in ALL_ACTIVITIES for _ in range(each)]
         prompts = [prompt(*pair) for pair in pairs]
-        images = sample(self.pipe, prompts, guidance, seed)
-        found = [
-            self._found(image, *pair) for image, pair in zip(self.judge.image_features(images), pairs, strict=True)
-        ]
-        animal, activity = (torch.tensor(half).float() for half in zip(*found, strict=True))
+        images = sample(self.pipe, prompts, guidance, seed, eta=eta)
         features = self.judge.image_features(images)
+        found = [self._found(image, *pair) for image, pair in zip(features, pairs, strict=True)]
+        animal, activity = (torch.tensor(half).float() for half in zip(*found, strict=True))
         return {
-            "animal": animal.mean().item(),
-            "activity": activity.mean().item(),
-            "both": (animal * activity).mean().item(),
-            "alignment": self.alignment(images, prompts).mean().item(),
-            "judge": self.judge(images, prompts).mean().item(),
-            "aesthetic": self.aesthetic(images, prompts).mean().item(),
-            "diversity": self.spread(features, each) if each > 1 else float("nan"),
+            "animal": animal,
+            "activity": activity,
+            "both": animal * activity,
+            "alignment": self.alignment(images, prompts),
+            "judge": self.judge(images, prompts),
+            "aesthetic": self.aesthetic(images, prompts),
+            "diversity": self.spread(features, each),
         }
 
     def _found(self, feature: Tensor, animal: str, activity: str) -> tuple[bool, bool]:
@@ -114,26 +113,44 @@ class World:
         )
 
     @staticmethod
-    def spread(features: Tensor, each: int) -> float:
-        """1 − the mean cosine between different samples of one prompt, averaged over prompts."""
+    def spread(features: Tensor, each: int) -> Tensor:
+        """Of each prompt 1 − the mean cosine between different samples of it."""
         groups = features.unflatten(0, (-1, each))
         cosines = groups @ groups.mT
-        return 1 - ((cosines.sum((1, 2)) - each) / (each * (each - 1))).mean().item()
+        return 1 - (cosines.sum((1, 2)) - each) / (each * (each - 1))
 
 
-def evaluate(device: str, scales: Sequence[float] = SCALES) -> dict:
+def evaluate(device: str, scales: Sequence[float] = SCALES, etas: Sequence[float] = (0.0, 1.0), each: int = 2) -> None:
     """Measure everything, print it as it comes, and keep it in ``work/emoji/figures.json``.
 
-    The table over guidance scales has every animal once alone and twice with one activity; at guidance 5 every animal
-    is painted twice alone and once with each activity besides.
+    Every animal is painted ``each`` times alone and with each activity, from the same noise at every guidance scale:
+    what a scale changes has a 95 % interval of paired differences to the scale before it.
     """
     world, figures = World(device), {}
-    rounds = [("all, w = 5", 5.0, 2, 1, 6)] + [(f"w = {scale}", scale, 1, 2, 1) for scale in scales]
-    for name, scale, singles, each, share in rounds:
-        figures[name] = {"single": world.animals_named(scale, singles), **world.halves(scale, each, share)}
-        print(f"evaluate: {name}", {key: round(value, 3) for key, value in figures[name].items()}, flush=True)
-        (WORK / "figures.json").write_text(json.dumps(figures, indent=1))
-    return figures
+    for eta in etas:
+        before: dict[str, Tensor] = {}
+        for scale in scales:
+            now = world.alone(scale, eta, each) | world.halves(scale, eta, each)
+            figures[f"eta = {eta:g}, w = {scale:g}"] = {
+                key: {"mean": values.mean().item()} | (rise(values, before[key]) if before else {})
+                for key, values in now.items()
+            }
+            before = now
+            name, measured = list(figures.items())[-1]
+            print(f"evaluate: {name}", *(f"{key} {described(found)}" for key, found in measured.items()), sep="\n  ")
+            (WORK / "figures.json").write_text(json.dumps(figures, indent=1))
+
+
+def rise(now: Tensor, before: Tensor) -> dict[str, float]:
+    """The mean of paired differences, and half the width of its 95 % interval (normal approximation)."""
+    difference = (now - before).double()
+    return {"rise": difference.mean().item(), "error": 1.96 * (difference.std() / len(difference) ** 0.5).item()}
+
+
+def described(found: dict[str, float]) -> str:
+    """A mean, and what it rose by."""
+    change = f" ({found['rise']:+.3f} ± {found['error']:.3f})" if "rise" in found else ""
+    return f"{found['mean']:.3f}{change}"
 
 
 def grid(images: Tensor, columns: int, path: Path, zoom: int = 1) -> None:

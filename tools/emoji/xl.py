@@ -177,7 +177,7 @@ def report(scales: Sequence[float] = (1.0, 2.0, 5.0, 7.5)) -> None:
         sampling: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": scale, "eta": 1.0}
         images = pipe(prompts, **sampling, height=64, width=64, generator=noise, output_type="pt").images
         right = [ALL_ANIMALS[k] == name for k, name in zip(judge.choose(images, ALL_ANIMALS), prompts, strict=True)]
-        spread = World.spread(judge.image_features(images), 2)
+        spread = World.spread(judge.image_features(images), 2).mean().item()
         scores = {"alignment": alignment(images, prompts).mean().item(), "judge": judge(images, prompts).mean().item()}
         figures = {"right animal": np.mean(right), **scores, "diversity": spread}
         print(f"xl: w = {scale}", {key: round(float(value), 3) for key, value in figures.items()}, flush=True)
