@@ -110,13 +110,13 @@ def test_from_training_to_comparison(
     assert code == 0
     scores = json.loads(out)
     assert [(score["prompts"], score["n"]) for score in scores] == [("text:a cat", 2), ("text:bike", 2)]
+    freely = ["--set", "sampler.eta=0", "--set", "sampler.guidance=0.5"]
+    code, out, _ = run(capsys, monkeypatch, "evaluate", runs[1], "--images", "2", "--json", *freely)
+    assert code == 0, "a training by DDPO wants neither, painting does not mind"
+    assert [(score["prompts"], score["n"]) for score in json.loads(out)] == [("text:a cat", 2), ("text:bike", 2)]
     painted = tmp_path / "painted"
-    assert (
-        run(
-            capsys, monkeypatch, "sample", runs[1], "--prompt", "a cat", "--n", "3", "--explore", "--out", str(painted)
-        )[0]
-        == 0
-    )
+    arguments = ["sample", runs[1], "--prompt", "a cat", "--n", "3", "--explore", "--out", str(painted)]
+    assert run(capsys, monkeypatch, *arguments)[0] == 0
     assert {path.name for path in painted.iterdir()} == {"0.png", "1.png", "2.png", "grid.png"}
     assert run(capsys, monkeypatch, "compare", *runs, "--out", str(tmp_path / "both"))[0] == 0
     assert {"comparison.json", "curves.png", "grid.png"} <= {path.name for path in (tmp_path / "both").iterdir()}

@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from diffexp.config import Recipe
+from diffexp.durations import clock, duration
 from diffexp.terminal import console
 from diffexp.terminal.console import JsonReporter, LiveReporter, PlainReporter, QuietReporter
 from diffexp.terminal.panel import Panel
-from diffexp.terminal.progress import Progress, duration
+from diffexp.terminal.progress import Progress
 from diffexp.terminal.reporter import Reporter
 
 RECIPE = Recipe.load("emoji-alignprop-diffexp", {"iterations": 10, "samples": 64})
@@ -95,7 +96,15 @@ def test_a_continued_run_knows_what_was_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7322, "2:02:02")])
-def test_durations(seconds: float, text: str) -> None:
+def test_a_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "unknown"), (0.4, "0 s"), (89, "89 s"), (91, "2 min"), (5400, "1.5 h"), (36000, "10.0 h")],
+)
+def test_a_duration(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
 

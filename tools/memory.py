@@ -152,7 +152,7 @@ def model_of(recipe: Recipe) -> TextToImage:
             model: TextToImage = StableDiffusionXL(*common, cast(Any, (None, None)), (encoder, second))
         else:
             model = StableDiffusion(*common, cast(Any, None), encoder)
-        lora.add(model, recipe.lora.rank or 4, recipe.lora.alpha, recipe.lora.targets or lora.ATTENTION)
+        lora.add(model, recipe.lora.rank or lora.RANK, recipe.lora.alpha, recipe.lora.targets or lora.ATTENTION)
     model.computing = nullcontext  # type: ignore[method-assign]  # meta knows no autocast
     model.checkpointing("unet" in recipe.update.checkpoint, "decoder" in recipe.update.checkpoint)
     return model

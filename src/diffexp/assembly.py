@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from diffexp import models, own, prompts, rewards
 from diffexp.algorithms import DDPO, Algorithm, AlignProp, ReFL, RewardWeightedRegression
@@ -45,7 +46,7 @@ def make_trainable(recipe: Recipe, of: TextToImage) -> None:
     elif settings.start:
         lora.start(of, Path(settings.start), settings.rank, settings.alpha, settings.targets, **more)
     else:
-        lora.add(of, settings.rank or 4, settings.alpha, settings.targets or lora.ATTENTION, **more)
+        lora.add(of, settings.rank or lora.RANK, settings.alpha, settings.targets or lora.ATTENTION, **more)
 
 
 def save_trained(recipe: Recipe, of: TextToImage, run: Path, metadata: Mapping[str, str]) -> None:
@@ -74,19 +75,6 @@ def sampler(recipe: Recipe, of: TextToImage) -> Sampler:
     return Sampler(of, of.schedule(settings.steps), of.latent_shape(settings.size), settings.eta)
 
 
-def one_shape(recipe: Recipe, on: Sampler, optimiser: Learner) -> Sampler:
-    """The sampler as policy gradients need it: rollout and update call the network with equally many samples.
-
-    Only float32 on a CPU needs no such care: there the shape of a batch moves no log-probability by as much as the clip
-    range. CUDA computes convolutions of float32 in TF32.
-    """
-    careless = recipe.model.precision == "fp32" and on.model.device.type == "cpu"
-    # filling up a call costs as much as samples do: no more rows than an update has
-    parts = recipe.algorithm.minibatches if isinstance(recipe.algorithm, DDPOSettings) else 1
-    most = -(-recipe.samples // (parts * optimiser.ranks.size))
-    return on if careless else replace(on, rows=lambda: min(optimiser.batch.size, most))
-
-
 def exploration(recipe: Recipe, on: Sampler) -> Exploration:
     """What the recipe explores with; a threshold given as a fraction becomes a timestep of the sampler."""
     settings, high = recipe.exploration, recipe.sampler.guidance
@@ -112,63 +100,79 @@ def learner(recipe: Recipe, of: TextToImage, ranks: Ranks = ALONE) -> Learner:
     return Learner(of.trainable(), **recipe.optimizer.model_dump(), ranks=ranks, batch=batch)
 
 
-def ddpo(
-    recipe: Recipe, settings: DDPOSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
-) -> Algorithm:
+class Parts(NamedTuple):
+    """What an algorithm is made of, besides its own settings."""
+
+    recipe: Recipe
+    sampler: Sampler
+    learner: Learner
+    reward: Scorer
+    rollout_batch: MicroBatch
+
+
+def one_shape(parts: Parts) -> Sampler:
+    """The sampler as policy gradients need it: rollout and update call the network with equally many samples.
+
+    Only float32 on a CPU needs no such care: there the shape of a batch moves no log-probability by as much as the clip
+    range. CUDA computes convolutions of float32 in TF32.
+    """
+    recipe, sampler, learner = parts.recipe, parts.sampler, parts.learner
+    careless = recipe.model.precision == "fp32" and sampler.model.device.type == "cpu"
+    # filling up a call costs as much as samples do: no more rows than an update has
+    updates = recipe.algorithm.minibatches if isinstance(recipe.algorithm, DDPOSettings) else 1
+    most = -(-recipe.samples // (updates * learner.ranks.size))
+    return sampler if careless else replace(sampler, rows=lambda: min(learner.batch.size, most))
+
+
+def ddpo(settings: DDPOSettings, parts: Parts) -> Algorithm:
     least = settings.min_count
     statistics = PromptAdvantages(max(32, least), least) if settings.advantages == "prompt" else None
     return DDPO(
-        sampler=one_shape(recipe, on, optimiser),
-        learner=optimiser,
-        reward=scorer,
+        sampler=one_shape(parts),
+        learner=parts.learner,
+        reward=parts.reward,
         clip=settings.clip,
         inner_epochs=settings.inner_epochs,
         minibatches=settings.minibatches,
         advantages=statistics,
         timestep_weights=settings.timestep_weights,
         kl=settings.kl,
-        rollout_batch=batch,
+        rollout_batch=parts.rollout_batch,
     )
 
 
-def alignprop(
-    recipe: Recipe, settings: AlignPropSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
-) -> Algorithm:
+def alignprop(settings: AlignPropSettings, parts: Parts) -> Algorithm:
     return AlignProp(
-        sampler=on,
-        learner=optimiser,
-        reward=scorer,
+        sampler=parts.sampler,
+        learner=parts.learner,
+        reward=parts.reward,
         truncation=settings.truncation,
-        last_steps=settings.last_steps or on.steps,
+        last_steps=settings.last_steps or parts.sampler.steps,
         copies=settings.copies,
-        rollout_batch=batch,
+        rollout_batch=parts.rollout_batch,
     )
 
 
-def refl(
-    recipe: Recipe, settings: ReFLSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
-) -> Algorithm:
-    return ReFL(on, optimiser, scorer, settings.last_steps)
+def refl(settings: ReFLSettings, parts: Parts) -> Algorithm:
+    return ReFL(parts.sampler, parts.learner, parts.reward, settings.last_steps)
 
 
-def rwr(
-    recipe: Recipe, settings: RWRSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
-) -> Algorithm:
-    return RewardWeightedRegression(on, optimiser, scorer, settings.temperature, rollout_batch=batch)
+def rwr(settings: RWRSettings, parts: Parts) -> Algorithm:
+    return RewardWeightedRegression(
+        parts.sampler, parts.learner, parts.reward, settings.temperature, rollout_batch=parts.rollout_batch
+    )
 
 
-def users(
-    recipe: Recipe, settings: OwnAlgorithmSettings, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch
-) -> Algorithm:
+def users(settings: OwnAlgorithmSettings, parts: Parts) -> Algorithm:
     make, options = own.find("algorithm", settings.name), settings.model_extra or {}
     try:
-        signature(make).bind(on, optimiser, scorer, **options)
+        signature(make).bind(parts.sampler, parts.learner, parts.reward, **options)
     except TypeError as error:
         raise UserError(f"algorithm {settings.name!r} can't be made with {sorted(options)}: {error}") from error
-    return make(one_shape(recipe, on, optimiser), optimiser, scorer, **options)
+    return make(one_shape(parts), parts.learner, parts.reward, **options)
 
 
-ALGORITHMS: dict[type, Callable[..., Algorithm]] = {
+ALGORITHMS: dict[type, Callable[[Any, Parts], Algorithm]] = {
     DDPOSettings: ddpo,
     AlignPropSettings: alignprop,
     ReFLSettings: refl,
@@ -183,7 +187,7 @@ def algorithm(
     """The recipe's algorithm, ready to step; ``batch`` images are sampled at once."""
     on.model.checkpointing("unet" in recipe.update.checkpoint, "decoder" in recipe.update.checkpoint)
     make = ALGORITHMS[type(recipe.algorithm)]
-    return make(recipe, recipe.algorithm, on, optimiser, scorer, batch or rollouts(recipe))
+    return make(recipe.algorithm, Parts(recipe, on, optimiser, scorer, batch or rollouts(recipe)))
 
 
 def evaluator(

@@ -20,6 +20,7 @@ from diffexp import assembly, models, prompts, rewards
 from diffexp.algorithms import DDPO, AlignProp, ReFL, RewardWeightedRegression
 from diffexp.config import Recipe
 from diffexp.devices import device
+from diffexp.durations import duration
 from diffexp.emoji import MODELS
 from diffexp.errors import UserError
 from diffexp.models import TextToImage
@@ -66,13 +67,6 @@ class Estimate:
             f"total        {duration(self.total_seconds)}",
             f"memory       {memory}",
         ]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Meter:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from diffexp import assembly, emoji
 from diffexp import prompts as prompt_sets
-from diffexp.config import Recipe
+from diffexp.config import PaintingRecipe, Recipe
 from diffexp.diversity import pairwise_diversity
 from diffexp.errors import UserError, cut, printable, writing
 from diffexp.evaluation import Score
@@ -113,14 +113,14 @@ def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
     changes = dict(parse_override(text) for text in overrides or ())
     config = Path(target) / CONFIG
     if config.is_file():
-        recipe = Recipe.parse(read_toml(config), str(config), changes)
+        recipe = PaintingRecipe.parse(read_toml(config), str(config), changes)
         refuse_code(recipe, Path(target))
         commit = None if "model.revision" in changes else base_commit(Path(target), recipe.model.path)
         model = assembly.model(recipe, commit)
         assembly.load_trained(recipe, model, Path(target))
     else:
         steps = {"steps": emoji.STEPS} if target in emoji.MODELS else {}
-        recipe = Recipe.parse({"model": {"path": target}, "sampler": steps}, target, changes)
+        recipe = PaintingRecipe.parse({"model": {"path": target}, "sampler": steps}, target, changes)
         model = assembly.model(recipe, commit_of(target, recipe) if recipe.model.path == target else None)
     return Painter(recipe, assembly.sampler(recipe, model))
 
@@ -175,7 +175,7 @@ def evaluate(
     recipe, sampler = open_painter(target, overrides)
     wanted = {"images": images, "prompts": prompts or None, "rewards": rewards or None}
     settings = recipe.evaluation.model_dump() | {key: value for key, value in wanted.items() if value is not None}
-    recipe = Recipe.parse(recipe.model_dump(mode="json") | {"evaluation": settings}, "evaluate")
+    recipe = PaintingRecipe.parse(recipe.model_dump(mode="json") | {"evaluation": settings}, "evaluate")
     evaluator = assembly.evaluator(recipe, sampler)
     if not as_json and console.is_terminal:
         evaluator = evaluator._replace(watch=lambda batches: track(batches, "sampling", console=console))

@@ -115,6 +115,11 @@ class Recipe(Settings):
 
     def problems(self) -> Iterable[str]:
         """What no single setting shows."""
+        yield from self.problems_of_training()
+        yield from self.problems_of_evaluation()
+
+    def problems_of_training(self) -> Iterable[str]:
+        """What does not go together in a training."""
         steps, algorithm, guidance = self.sampler.steps, self.algorithm, self.exploration.guidance
         if guidance and guidance.low > self.sampler.guidance:
             yield (
@@ -142,6 +147,9 @@ class Recipe(Settings):
                 f"samples = {self.samples} is no multiple of rollout.images_per_prompt = "
                 f"{self.rollout.images_per_prompt}"
             )
+
+    def problems_of_evaluation(self) -> Iterable[str]:
+        """What evaluations ask for and can't have."""
         for name in self.evaluation.prompts or ():
             yield from complaint("evaluation.prompts", prompt_sets.check, name)
         for name in self.evaluation.rewards or ():
@@ -191,6 +199,13 @@ class Recipe(Settings):
     def to_toml(self) -> str:
         """The whole recipe, with every default written out."""
         return "\n".join(toml_lines(self.model_dump(mode="json"))) + "\n"
+
+
+class PaintingRecipe(Recipe):
+    """A recipe that images are painted and evaluated by: what only a training asks of its settings is not asked."""
+
+    def problems(self) -> Iterable[str]:
+        return self.problems_of_evaluation()
 
 
 def complaint(what: str, check: Callable[[str], None], name: str) -> Iterable[str]:

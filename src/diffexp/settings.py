@@ -42,6 +42,12 @@ class ModelSettings(Settings):
     """What learns: an adapter, or the whole denoising network, whose weights are then float32 (docs/models.md)."""
 
 
+RANK = 4
+"""Of a LoRA: that of both baselines' code."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The layers of the denoising network that get an adapter, as in both baselines' code."""
+
+
 class LoraSettings(Settings):
     rank: Annotated[int, Field(ge=1, le=2048)] | None = None
     """Default: 4, the rank of both baselines' code."""
@@ -61,7 +67,7 @@ class LoraSettings(Settings):
     def defaults_without_a_start(cls, data: Any) -> Any:
         if not isinstance(data, dict) or data.get("start") is not None:
             return data
-        defaults = {"rank": 4, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+        defaults = {"rank": RANK, "targets": ATTENTION}
         return {**defaults, **{key: value for key, value in data.items() if value is not None}}
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffexp.durations import duration
 from diffexp.report.charts import fixed, number, signed
 from diffexp.report.curves import gain_points, number_in, tags_of
 from diffexp.report.sources import Material, Source
@@ -250,14 +251,6 @@ def interval_text(estimate: Estimate, places: int) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
     return f"[{fixed(estimate.low, places)}, {fixed(estimate.high, places)}]"
-
-
-def duration(seconds: float) -> str:
-    """A time in the two units that say it best."""
-    minutes, hours = seconds / 60, seconds / 3600
-    if minutes < 1:
-        return f"{number(seconds, 2)} s"
-    return f"{number(minutes, 2)} min" if hours < 1.5 else f"{number(hours, 3)} h"
 
 
 def plural(number: int, noun: str) -> str:

@@ -169,15 +169,6 @@ def trial(recipe: Recipe) -> Spent:
     return Spent(moments[1] - moments[0], moments[2] - moments[1])
 
 
-def duration(seconds: float | None) -> str:
-    """A time as people say it."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def main(arguments: Sequence[str]) -> None:
     print(json.dumps(trial(Recipe.load(arguments[0]))))
 

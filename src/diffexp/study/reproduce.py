@@ -18,6 +18,7 @@ from rich.table import Table
 
 from diffexp import assembly
 from diffexp.config import Recipe
+from diffexp.durations import duration
 from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted, Interruption
 from diffexp.runs import checkpoint
@@ -28,7 +29,7 @@ from diffexp.study import archive, tuning, write_up
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import Choice, Figure, Job, Painting, Tuning, chosen, jobs, paintings
-from diffexp.study.pace import ONE_THREAD, Spent, Times, Work, duration, why_unknown
+from diffexp.study.pace import ONE_THREAD, Spent, Times, Work, why_unknown
 from diffexp.study.scales import SCALES, Scale
 from diffexp.study.variants import TITLES
 

@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from diffexp.config import Recipe
+from diffexp.durations import clock
 from diffexp.errors import printable
 from diffexp.terminal.panel import Panel
-from diffexp.terminal.progress import Progress, duration, headline
+from diffexp.terminal.progress import Progress, headline
 from diffexp.terminal.reporter import Reporter
 
 
@@ -52,7 +53,7 @@ class PlainReporter(QuietReporter):
     def stepped(self, record: Mapping[str, Any]) -> None:
         progress = self.progress
         progress.stepped(record)
-        left = f"{duration(progress.seconds_left)} left" if progress.left else "the last one"
+        left = f"{clock(progress.seconds_left)} left" if progress.left else "the last one"
         self.say(f"{progress.iteration}/{progress.total}  reward {progress.reward}, {progress.effort}, {left}")
 
     def evaluated(self, record: Mapping[str, Any]) -> None:

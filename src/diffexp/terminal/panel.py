@@ -12,8 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from diffexp.durations import clock
 from diffexp.errors import printable
-from diffexp.terminal.progress import Progress, duration, headline
+from diffexp.terminal.progress import Progress, headline
 
 EVALUATIONS = 6  # the most that are shown
 
@@ -60,7 +61,7 @@ class Panel:
         progress = self.progress
         spent = progress.clock() - progress.begun
         left = max(progress.seconds_left - (progress.clock() - progress.stepped_at), 0)
-        times = f"{duration(spent)} so far" + (f", about {duration(left)} left" if progress.left and left else "")
+        times = f"{clock(spent)} so far" + (f", about {clock(left)} left" if progress.left and left else "")
         row = Table.grid(padding=(0, 1))
         count = f"{progress.iteration}/{progress.total}"
         row.add_column(no_wrap=True, min_width=len(count))

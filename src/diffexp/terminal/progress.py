@@ -105,13 +105,6 @@ def headline(recipe: Recipe, folder: Path) -> str:
     return f"{recipe.algorithm.name} on {recipe.reward}, prompts {recipe.prompts}, {explores} → {folder}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def lines(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file that a run wrote."""
     with file.open(encoding="utf-8") as opened:

@@ -14,8 +14,8 @@ from diffexp.errors import UserError
 from diffexp.models.base import TextToImage
 from diffexp.models.fast import quicken_adapter
 from diffexp.randomness import generator
+from diffexp.settings import ATTENTION, RANK
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 Initialisation = Literal["gaussian", "kaiming"]
 
@@ -37,7 +37,7 @@ Layers = dict[str, Layer]  # by the layer's path in its network
 
 def add(
     model: TextToImage,
-    rank: int = 4,
+    rank: int = RANK,
     alpha: float | None = None,
     targets: Sequence[str] = ATTENTION,
     seed: int = 0,
