@@ -4,8 +4,8 @@ BIN := .venv/bin
 DEMO := demo
 # the last that a run writes
 CARD := lora/README.md
-# two files at a time, with a thread each
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# two files at a time, with a thread each, in their order: by size, those with few but long tests would come last
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check docs dist format clean
 

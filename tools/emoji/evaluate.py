@@ -137,7 +137,8 @@ def evaluate(device: str, scales: Sequence[float] = SCALES, etas: Sequence[float
             }
             before = now
             name, measured = list(figures.items())[-1]
-            print(f"evaluate: {name}", *(f"{key} {described(found)}" for key, found in measured.items()), sep="\n  ")
+            lines = (f"  {key} {described(found)}" for key, found in measured.items())
+            print(f"evaluate: {name}", *lines, sep="\n", flush=True)
             (WORK / "figures.json").write_text(json.dumps(figures, indent=1))
 
 
