@@ -269,8 +269,8 @@ class Painting(NamedTuple):
     images: int
 
 
-Choice = Mapping[tuple[str, str, bool], Mapping[str, Any]]
-"""What tuning chose: settings by algorithm and task, and by whether it is the baseline."""
+Choice = Mapping[tuple[str, str], Mapping[str, Any]]
+"""What tuning chose: settings by algorithm and task."""
 
 
 def job(
@@ -282,7 +282,7 @@ def job(
         UserError: if they make no valid recipe.
     """
     variant, recipe = VARIANTS[arm.variant], scale.recipes[arm.algorithm]
-    tuned = (chosen or {}).get((arm.algorithm, task, variant.plain or variant.baseline), {})
+    tuned = (chosen or {}).get((arm.algorithm, task), {})
     budget = scale.budgets.get(arm.algorithm, {})
     settings = {**scale.tasks[task].overrides(), **budget, **tuned, **variant.changes, "seed": seed, **overrides}
     name = recipe if variant.plain else f"{recipe}-diffexp"

@@ -247,7 +247,7 @@ def reproduce(
     if reason := untimed(ahead, times, plan.scale):
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if plan.scale.candidates:
-        tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task, _ in plan.choice()))
+        tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task in plan.choice()))
         console.print(f"tuned so far: {tuned or 'nothing; recipes have their own settings until then'}", soft_wrap=True)
     if dry_run:
         return None

@@ -2,16 +2,15 @@
 
 Every candidate of a scale is tried for each algorithm with and without DiffExp, on each task that it is tuned on, on
 seeds that no figure has, in runs of half the length. The one with the highest final training reward, in the mean over
-its seeds, is taken for all figures of that task and of those alike: the one of the plain arm for baselines, the one of
-DiffExp for everything that explores. Of equals, the first.
+both sides and their seeds, is taken for all figures of that task and of those alike, and for both sides: so few runs
+don't tell the sides' best settings apart, and figures would compare learning rates. Of equals, the first.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +28,6 @@ class Trial(NamedTuple):
     task: str
     arm: Arm
     candidate: str
-    settings: Mapping[str, Any]
     rewards: tuple[float, ...]
 
     @property
@@ -41,10 +39,10 @@ def tried(figure: Tuning, scale: Scale, runs: Path) -> list[Trial]:
     """Every candidate whose runs are all there, finished."""
     found = []
     for task, arm in figure.tried:
-        for name, settings in scale.candidates[arm.algorithm].items():
+        for name in scale.candidates[arm.algorithm]:
             folders = [runs / trial_name(task, arm, name, seed) for seed in TUNING_SEEDS]
             if all(complete(folder) for folder in folders):
-                found.append(Trial(task, arm, name, settings, tuple(final(folder) for folder in folders)))
+                found.append(Trial(task, arm, name, tuple(final(folder) for folder in folders)))
     return found
 
 
@@ -57,16 +55,20 @@ def choice(scale: Scale, runs: Path) -> Choice:
     planned = Counter((task, arm.algorithm) for task, arm in figure.tried for _ in scale.candidates[arm.algorithm])
     done = Counter((trial.task, trial.arm.algorithm) for trial in found)
     return {
-        (arm.algorithm, alike, VARIANTS[arm.variant].plain): winner(found, task, arm).settings
-        for task, arm in figure.tried
-        if done[task, arm.algorithm] == planned[task, arm.algorithm]
-        for alike in figure.tasks[arm.algorithm][task]
+        (algorithm, alike): scale.candidates[algorithm][winner(found, task, algorithm)]
+        for task, algorithm in planned
+        if done[task, algorithm] == planned[task, algorithm]
+        for alike in figure.tasks[algorithm][task]
     }
 
 
-def winner(trials: list[Trial], task: str, arm: Arm) -> Trial:
-    """The best candidate of an arm on a task: the rule above."""
-    return max((trial for trial in trials if (trial.task, trial.arm) == (task, arm)), key=lambda trial: trial.mean)
+def winner(trials: list[Trial], task: str, algorithm: str) -> str:
+    """The best candidate of an algorithm on a task, plain and exploring together: the rule above."""
+    means: dict[str, list[float]] = defaultdict(list)
+    for trial in trials:
+        if (trial.task, trial.arm.algorithm) == (task, algorithm):
+            means[trial.candidate].append(trial.mean)
+    return max(means, key=lambda candidate: float(np.mean(means[candidate])))
 
 
 def final(folder: Path) -> float:
@@ -81,6 +83,6 @@ def rows(trials: list[Trial]) -> list[list[str]]:
     for trial in trials:
         label = VARIANTS[trial.arm.variant].label.format(TITLES[trial.arm.algorithm])
         by_seed = ", ".join(f"{reward:.4g}" for reward in trial.rewards)
-        won = trial is winner(trials, trial.task, trial.arm)
+        won = trial.candidate == winner(trials, trial.task, trial.arm.algorithm)
         table.append([trial.task, label, trial.candidate, by_seed, f"{trial.mean:.4g}", "yes" if won else ""])
     return table

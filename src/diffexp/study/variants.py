@@ -9,15 +9,11 @@ TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
 
 
 class Variant(NamedTuple):
-    """A way to train: what a legend calls it ("{}" is the algorithm), and changes to the recipe with DiffExp.
-
-    Or to the ``plain`` one. Either has the settings that were tuned for it.
-    """
+    """A way to train: its name in a legend ("{}" is the algorithm), and changes to the DiffExp or ``plain`` recipe."""
 
     label: str
     changes: Mapping[str, Any] = {}
     plain: bool = False
-    baseline: bool = False  # explores as far as the recipe goes, but stands for the baseline, and is tuned as that
 
 
 CONTROLS = "diffexp.study.controls"
@@ -39,14 +35,10 @@ VARIANTS = {
     "until-1": Variant("DiffExp, to the end", {"exploration.until": 1.0}),
     # Controls. The mean of DiffExp's w(t) where a tenth of the steps has w_l = 1, and w_h is 5 or 7.5.
     "mean-4.6": Variant(
-        "{} at w = 4.6",
-        {"exploration.words": None, "exploration.guidance": {"low": 4.6, "fraction": 1.0}},
-        baseline=True,
+        "{} at w = 4.6", {"exploration.words": None, "exploration.guidance": {"low": 4.6, "fraction": 1.0}}
     ),
     "mean-6.85": Variant(
-        "{} at w = 6.85",
-        {"exploration.words": None, "exploration.guidance": {"low": 6.85, "fraction": 1.0}},
-        baseline=True,
+        "{} at w = 6.85", {"exploration.words": None, "exploration.guidance": {"low": 6.85, "fraction": 1.0}}
     ),
     "rollout-only": Variant(
         "{}, explored rollout, plain update", {**CONTROL, "exploration.strategy": f"{CONTROLS}:rollout_only"}

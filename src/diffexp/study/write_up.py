@@ -65,8 +65,9 @@ def tried(figure: Tuning, drawing: Drawing) -> str:
     """The table of what was tried, and the rule that chose."""
     trials = tuning.tried(figure, drawing.scale, drawing.runs)
     rule = (
-        "The same candidates for both sides, on seeds 100 and 101, in runs of half the length; the highest mean of the "
-        "final training reward is taken for all figures of the task, and of those that have no tuning of their own: "
+        "The same candidates for both sides, on seeds 100 and 101, in runs of half the length; the one with the "
+        "highest mean of the final training reward over both sides is taken for all figures of the task, and of those "
+        "that have no tuning of their own: "
         "drawbench takes pickscore's, sdxl aesthetic's, and DDPO on pickscore dolphin's."
     )
     table = table_text(tuning.rows(trials)) if trials else "Not run yet."
