@@ -155,7 +155,7 @@ def ratio(least: float, most: float, low: float | None, high: float | None) -> R
     [
         (ratio(0.8, 0.8, 0.7, 0.9), Verdict.REPRODUCED),
         (ratio(0.8, 0.8, 0.7, 1.1), Verdict.PARTLY),
-        (ratio(0.8, 0.8, None, None), Verdict.PARTLY),  # one seed
+        (ratio(0.8, 0.8, None, None), Verdict.UNKNOWN),  # one seed
         (ratio(0.5, float("inf"), 0.4, float("inf")), Verdict.PARTLY),  # censored: may be either
         (ratio(1.2, float("inf"), 0.9, float("inf")), Verdict.NOT),
         (ratio(0.0, 0.7, 0.0, 0.8), Verdict.REPRODUCED),  # the baselines were censored
@@ -168,9 +168,9 @@ def test_verdicts_on_ratios(found: Ratio | None, verdict: Verdict) -> None:
 
 
 def test_verdicts_on_differences_and_claims() -> None:
-    estimates = [Estimate(0.2, 0.1, 0.3), Estimate(0.2, -0.1, 0.3), Estimate(0.2), Estimate(-0.1, -0.3, 0.1)]
+    estimates = [Estimate(0.2, 0.1, 0.3), Estimate(0.2, -0.1, 0.3), Estimate(-0.2), Estimate(-0.1, -0.3, 0.1)]
     found = [claims.of_difference(estimate) for estimate in estimates]
-    assert found == [Verdict.REPRODUCED, Verdict.PARTLY, Verdict.PARTLY, Verdict.NOT]
+    assert found == [Verdict.REPRODUCED, Verdict.PARTLY, Verdict.UNKNOWN, Verdict.NOT]
     assert claims.together([]) is Verdict.MISSING
     assert claims.together([Verdict.UNKNOWN]) is Verdict.UNKNOWN
     assert claims.together([Verdict.REPRODUCED, Verdict.UNKNOWN]) is Verdict.REPRODUCED

@@ -2,7 +2,8 @@
 
 A test is passed where the whole 95 % interval lies on the claimed side, failed where the estimate lies on the other,
 and open in between. A claim is reproduced if all of its tests are passed, not reproduced if all of them fail, and
-partly otherwise; tests of a level that no run reached, or that nobody gained, are not determined and do not count.
+partly otherwise. Tests of a single pair of seeds, which has no interval, and of a level that no run reached, or that
+nobody gained, are not determined and do not count.
 """
 
 from __future__ import annotations
@@ -101,17 +102,19 @@ CLAIMS = {
 
 
 def of_ratio(ratio: Ratio | None) -> Verdict:
-    """Whether a method needs fewer queries than its baseline. Without an interval, as of one seed, that stays open."""
-    if ratio is None or (ratio.least == 0 and ratio.most == float("inf")):
+    """Whether a method needs fewer queries than its baseline."""
+    if ratio is None or ratio.high is None or (ratio.least == 0 and ratio.most == float("inf")):
         return Verdict.UNKNOWN
-    if ratio.high is not None and ratio.high < 1:
+    if ratio.high < 1:
         return Verdict.REPRODUCED
     return Verdict.NOT if ratio.least >= 1 else Verdict.PARTLY
 
 
 def of_difference(difference: Estimate) -> Verdict:
     """Whether a difference is above 0."""
-    if difference.low is not None and difference.low > 0:
+    if difference.low is None:
+        return Verdict.UNKNOWN
+    if difference.low > 0:
         return Verdict.REPRODUCED
     return Verdict.NOT if difference.value <= 0 else Verdict.PARTLY
 

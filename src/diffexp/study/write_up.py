@@ -10,7 +10,7 @@ from diffexp.study import tuning
 from diffexp.study.claims import CLAIMS, Verdict
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
-from diffexp.study.experiments import Figure, Tuning
+from diffexp.study.experiments import Figure, Tuning, jobs
 from diffexp.study.findings import Measured, findings, rows, start, verdict
 
 SECTION = "study"
@@ -24,7 +24,10 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
     store.mkdir(parents=True, exist_ok=True)
     document = store.with_name(f"{store.name}.md")
     measured = {name: drawing.measured(name, figure) for name, figure in figures.items()}
-    parts = [f"### The paper's claims\n\n{claims(measured)}"]
+    names = [one.name for one in jobs(figures, drawing.scale, drawing.seeds, drawing.overrides, drawing.chosen)]
+    there = sum((drawing.runs / name).is_dir() for name in names)
+    so_far = f"\n\n**So far {there} of the {len(names)} runs are finished.**" if there < len(names) else ""
+    parts = [f"### The paper's claims{so_far}\n\n{claims(measured)}"]
     for name, figure in figures.items():
         if isinstance(figure, Tuning):
             parts.append(tried(figure, drawing))
