@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def check(diffexp: Command, place: Path, command: list[str], *says: str, lines: int = 1) -> None:
+def check(diffexp: Command, place: Path, command: list[str], *says: str | tuple[str, ...], lines: int = 1) -> None:
     """Runs a command that must be refused and leave ``place`` as it was."""
     before = snapshot(place)
     refused(diffexp(*command), *says, lines=lines)
@@ -325,7 +325,7 @@ def test_all_mistakes_are_reported_at_once_and_not_too_many(place: Path, diffexp
     check(diffexp, place, ["train", "my.toml"], "my.toml: unknown key 'key0'", "980 further mistakes", lines=21)
 
 
-RECIPES: list[tuple[str, str | bytes, str]] = [
+RECIPES: list[tuple[str, str | bytes, str | tuple[str, ...]]] = [
     ("my.toml", "[[seed", "no valid TOML"),
     ("my.toml", "seed = 1\nseed = 2", ("Cannot overwrite a value", "Can not overwrite a value")),
     ("my.toml", b"\x7fELF\x02\x01\x01\x00\x00", "no valid TOML"),
@@ -352,7 +352,7 @@ RECIPES: list[tuple[str, str | bytes, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "says"), RECIPES, ids=lambda value: repr(value[:30]))
-def test_recipes(name: str, content: str | bytes, says: str, place: Path, diffexp: Command) -> None:
+def test_recipes(name: str, content: str | bytes, says: str | tuple[str, ...], place: Path, diffexp: Command) -> None:
     (place / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     check(diffexp, place, ["train", name, "--out", "new"], says, name.removesuffix(".toml"))
 

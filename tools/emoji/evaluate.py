@@ -131,12 +131,12 @@ def evaluate(device: str, scales: Sequence[float] = SCALES, etas: Sequence[float
         before: dict[str, Tensor] = {}
         for scale in scales:
             now = world.alone(scale, eta, each) | world.halves(scale, eta, each)
-            figures[f"eta = {eta:g}, w = {scale:g}"] = {
+            measured = {
                 key: {"mean": values.mean().item()} | (rise(values, before[key]) if before else {})
                 for key, values in now.items()
             }
-            before = now
-            name, measured = list(figures.items())[-1]
+            name, before = f"eta = {eta:g}, w = {scale:g}", now
+            figures[name] = measured
             lines = (f"  {key} {described(found)}" for key, found in measured.items())
             print(f"evaluate: {name}", *lines, sep="\n", flush=True)
             (WORK / "figures.json").write_text(json.dumps(figures, indent=1))
