@@ -101,19 +101,20 @@ def test_ablations_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
 
 
 def test_controls_and_masking_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
-    found = {name: runs["emoji"][f"pickscore-{name}-s0"] for name in ("ddpo", "ddpo-diffexp", "alignprop")}
-    for name, mean, baseline in (("ddpo-mean-4.6", 4.6, "ddpo"), ("alignprop-mean-6.85", 6.85, "alignprop")):
-        control, low = runs["emoji"][f"pickscore-{name}-s0"], 1.0
+    names = ("dolphin-ddpo", "dolphin-ddpo-diffexp", "pickscore-alignprop")
+    found = {name: runs["emoji"][f"{name}-s0"] for name in names}
+    for baseline, mean in (("dolphin-ddpo", 4.6), ("pickscore-alignprop", 6.85)):
+        control, low = runs["emoji"][f"{baseline}-mean-{mean}-s0"], 1.0
         # DiffExp's w(t) is w_l in 2 of 20 steps and w_h in 18
         assert control.exploration.guidance.low == mean == pytest.approx((2 * low + 18 * control.sampler.guidance) / 20)
         assert (control.exploration.guidance.fraction, control.exploration.words) == (1.0, None)
         assert control.model_copy(update={"exploration": found[baseline].exploration}) == found[baseline]
     for name in ("rollout-only", "update-only"):
-        control = runs["emoji"][f"pickscore-ddpo-{name}-s0"].exploration
+        control = runs["emoji"][f"dolphin-ddpo-{name}-s0"].exploration
         assert (control.guidance, control.words) == (None, None)
         assert control.strategy == f"diffexp.study.controls:{name.replace('-', '_')}"
-    for name, base in (("ddpo-masked", "ddpo"), ("ddpo-masked-diffexp", "ddpo-diffexp")):
-        masked = runs["emoji"][f"pickscore-{name}-s0"]
+    for name, base in (("masked", "dolphin-ddpo"), ("masked-diffexp", "dolphin-ddpo-diffexp")):
+        masked = runs["emoji"][f"dolphin-ddpo-{name}-s0"]
         assert masked.algorithm.timestep_weights == "masked"
         assert masked.model_copy(update={"algorithm": found[base].algorithm}) == found[base]
 
@@ -147,11 +148,11 @@ def test_tuning_has_equal_budgets_and_seeds_of_its_own() -> None:
 
 def test_what_was_tuned_goes_to_every_run_of_its_task() -> None:
     choice = {
-        ("ddpo", "pickscore"): {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2},
+        ("ddpo", "dolphin"): {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2},
         ("ddpo", "aesthetic"): {"optimizer.learning_rate": 1.0},
     }
     for name in ("plain", "masked", "mean-4.6", "diffexp", "masked-diffexp", "rollout-only"):
-        recipe = job(SCALES["emoji"], "pickscore", Arm("ddpo", name), 0, {}, choice).recipe
+        recipe = job(SCALES["emoji"], "dolphin", Arm("ddpo", name), 0, {}, choice).recipe
         assert (recipe.optimizer.learning_rate, recipe.algorithm.inner_epochs) == (3e-3, 2)
 
 

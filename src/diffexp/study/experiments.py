@@ -142,7 +142,7 @@ def ablation(title: str, setting: str, *variants: str) -> Curves:
 
 def masking(title: str, baseline: str, *variants: str) -> Curves:
     """DDPO with and without the late steps in its loss, with and without DiffExp."""
-    return Curves(title, [Panel("DDPO, PickScore", "pickscore", [Arm("ddpo", name) for name in (baseline, *variants)])])
+    return Curves(title, [Panel(DOLPHIN, "dolphin", [Arm("ddpo", name) for name in (baseline, *variants)])])
 
 
 # Those with the most seeds first: what a study that is cut short has is then worth most.
@@ -180,7 +180,8 @@ FIGURES: dict[str, Figure] = {
     "controls": Curves(
         "Controls (not in the paper)",
         [
-            Panel("DDPO, PickScore", "pickscore", arms("ddpo", "diffexp", "mean-4.6", "rollout-only", "update-only")),
+            # on the one prompt, as DDPO's controls say nothing where it learns nothing
+            Panel(DOLPHIN, "dolphin", arms("ddpo", "diffexp", "mean-4.6", "rollout-only", "update-only")),
             Panel("AlignProp, PickScore", "pickscore", arms("alignprop", "diffexp", "mean-6.85")),
         ],
     ),

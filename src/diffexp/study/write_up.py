@@ -12,6 +12,7 @@ from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import Figure, Tuning, jobs
 from diffexp.study.findings import Measured, findings, rows, start, verdict
+from diffexp.study.variants import TITLES
 
 SECTION = "study"
 
@@ -67,11 +68,17 @@ def described(name: str, figure: Figure, measured: list[Measured], picture: str)
 def tried(figure: Tuning, drawing: Drawing) -> str:
     """The table of what was tried, and the rule that chose."""
     trials = tuning.tried(figure, drawing.scale, drawing.runs)
+    borrowed = [
+        f"{TITLES[algorithm]} on {taker} takes {task}'s"
+        for algorithm, tasks in figure.tasks.items()
+        for task, takers in tasks.items()
+        for taker in takers
+        if taker != task
+    ]
     rule = (
         "The same candidates for both sides, on seeds 100 and 101, in runs of half the length; the one with the "
-        "highest mean of the final training reward over both sides is taken for all figures of the task, and of those "
-        "that have no tuning of their own: "
-        "drawbench takes pickscore's, sdxl aesthetic's, and DDPO on pickscore dolphin's."
+        "highest mean of the final training reward over both sides is taken for all figures of the task. Without a "
+        f"tuning of its own, {', '.join(borrowed)}."
     )
     table = table_text(tuning.rows(trials)) if trials else "Not run yet."
     return f"### {figure.title}\n\n{rule}\n\n{table}"
