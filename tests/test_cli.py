@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -47,6 +48,25 @@ def test_help_needs_no_heavy_library() -> None:
     code = f"import sys, diffexp.cli; print(sorted({heavy} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
+
+
+def test_the_heavy_libraries_load_without_a_look_for_garbage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = []
+
+    class Watch:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "diffexp.commands":
+                looking.append(gc.isenabled())
+
+    monkeypatch.delitem(sys.modules, "diffexp.commands", raising=False)
+    monkeypatch.delattr("diffexp.commands", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Watch, *sys.meta_path])
+    assert run(capsys, monkeypatch, "sample", "nowhere", "--prompt", "a cat", "--out", "nothing")[0] == 2
+    assert looking == [False]
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize(("figure", "scale"), [("99", "emoji"), ("4", "sd9"), ("10b", "sd15")])
