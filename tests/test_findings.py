@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,17 @@ def test_the_document_says_what_the_runs_say(store: Path) -> None:
     assert "+0.02 [+0.02, +0.02]" in row
     assert not list(store.glob("*.md")), "a page of its own would be missing in the navigation"
     assert redraw(store) == text, "the same again"
+
+
+def test_a_study_cut_short_says_so(tmp_path: Path) -> None:
+    folder, store = tmp_path / "runs", tmp_path / "study"
+    for job in jobs(["10a"], EMOJI, seeds=2) + [job for job in jobs(["10b"], EMOJI) if "diffexp" not in job.name]:
+        write_run(folder, job, 1.0)
+    archive.pack(sorted(folder.iterdir()), store / archive.FILE)
+    text = redraw(store)
+    assert f"**So far 7 of the {len(jobs(chosen('all', 'emoji'), EMOJI))} runs are finished.**" in text
+    assert re.search(r"\| 10a \|.* tests, so far\) \|", text)
+    assert "### Figure 10b" not in text, "a baseline alone is compared to nothing"
 
 
 def test_a_store_is_small_and_gives_the_runs_back(store: Path, tmp_path: Path) -> None:

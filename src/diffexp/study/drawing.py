@@ -79,13 +79,13 @@ class Drawing:
         return [saved(picture, self.out / f"figure-{name}.png")]
 
     def measured(self, name: str, figure: Figure) -> list[Measured]:
-        """The panels of a figure of numbers under each of their measures: those with any run."""
+        """The panels of a figure of numbers under each of their measures: those with runs of every arm."""
         if not isinstance(figure, Curves | Bars):
             return []
         this, found = replace(self, seeds=seeds_of(name, self.scale, self.seeds)), []
         for panel in figure.panels:
             arms = this.arms(panel)
-            if next(iter(arms.values())).runs:
+            if all(arm.runs for arm in arms.values()):
                 asked = measures(this.job(panel.task, panel.arms[0]).recipe, panel)
                 found += [Measured(panel, measure, arms) for measure in asked]
         return found

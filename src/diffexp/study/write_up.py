@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from diffexp.markdown import plain, replace_section
@@ -25,10 +25,12 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
     store.mkdir(parents=True, exist_ok=True)
     document = store.with_name(f"{store.name}.md")
     measured = {name: drawing.measured(name, figure) for name, figure in figures.items()}
-    names = [one.name for one in jobs(figures, drawing.scale, drawing.seeds, drawing.overrides, drawing.chosen)]
-    there = sum((drawing.runs / name).is_dir() for name in names)
-    so_far = f"\n\n**So far {there} of the {len(names)} runs are finished.**" if there < len(names) else ""
-    parts = [f"### The paper's claims{so_far}\n\n{claims(measured)}"]
+    planned = {name: runs_of(name, drawing) for name in figures}
+    runs = set().union(*planned.values())
+    finished = {run for run in runs if (drawing.runs / run).is_dir()}
+    cut_short = {name for name, needed in planned.items() if needed - finished}
+    so_far = f"\n\n**So far {len(finished)} of the {len(runs)} runs are finished.**" if cut_short else ""
+    parts = [f"### The paper's claims{so_far}\n\n{claims(measured, cut_short)}"]
     for name, figure in figures.items():
         if isinstance(figure, Tuning):
             parts.append(tried(figure, drawing))
@@ -39,13 +41,20 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
     return document
 
 
-def claims(measured: Mapping[str, list[Measured]]) -> str:
-    """Every claim with its verdict; "not run yet" where there is no run."""
+def runs_of(name: str, drawing: Drawing) -> set[str]:
+    """The runs that a figure is planned to have."""
+    planned = jobs([name], drawing.scale, drawing.seeds, drawing.overrides, drawing.chosen)
+    return {one.name for one in planned}
+
+
+def claims(measured: Mapping[str, list[Measured]], cut_short: Collection[str]) -> str:
+    """Every claim with its verdict; "not run yet" where there is no run, "so far" where some are to come."""
     table = ["| figure | the paper | here |", "| --- | --- | --- |"]
     for name, claim in CLAIMS.items():
         found = findings(name, measured.get(name, []))
         passed = sum(finding.verdict is Verdict.REPRODUCED for finding in found)
-        detail = f" ({passed} of {len(found)} tests)" if found else ""
+        so_far = ", so far" if name in cut_short else ""
+        detail = f" ({passed} of {len(found)} tests{so_far})" if found else ""
         table.append(f"| {name} | {claim.says} | **{verdict(found).value}**{detail} |")
     return "\n".join(table)
 
