@@ -70,12 +70,17 @@ class Trackers:
             self.accelerator = None
             self.warn(f"trackers = {json.dumps(self.names)} failed and are off from here on: {one_line(error)}")
 
+    def finish(self) -> None:
+        """Ends every tracker. accelerate's own ``end_training`` would end the run's process group, too."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def __enter__(self) -> Trackers:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.accelerator:
-            self.attempt(self.accelerator.end_training)
+            self.attempt(self.finish)
 
 
 def trackers_of(recipe: Recipe) -> list[str]:
