@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from diffexp import cli, rewards, train
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted
-from diffexp.rewards import address, base, client, spec
+from diffexp.rewards import address, ahead, base, client, spec
 from diffexp.rewards.custom import CustomReward
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rewards.remote import RemoteReward
@@ -534,9 +534,101 @@ def test_a_signal_ends_the_wait_and_saves(
     assert checkpoint.read_newest(tmp_path / "run" / "checkpoints").numbers["iteration"] == 1
 
 
+class Gate:
+    """A reward that scores the images it is shown only after its gate has been opened."""
+
+    def __init__(self) -> None:
+        self.open, self.shown = threading.Event(), []
+
+    def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        self.shown.append(len(images))
+        assert self.open.wait(30)
+        return brightness(images, prompts)
+
+
+def test_images_are_scored_while_the_next_are_painted(sd_folder: Path, tmp_path: Path) -> None:
+    """The rollout goes on while the first piece waits; scores and order are those of a single call."""
+    gate = Gate()
+    with serving(CustomReward("gate", gate)) as server:
+        training = Training(served(sd_folder, server.url, **{"rollout.batch": 1}), tmp_path / "run")
+        batch, painted = training.batch(1), []
+        scoring = base.Scoring(training.reward)
+
+        def piece(images: torch.Tensor, prompts: Sequence[str]) -> None:
+            scoring.begin(images, prompts)
+            painted.append(prompts)
+
+        images = training.sampler.rollout(batch, 1, piece).images.contiguous()
+        assert len(painted) == 4  # all are painted, and none has a score yet
+        assert gate.shown in ([], [1])
+        gate.open.set()
+        assert torch.equal(scoring(images, batch.prompts), brightness(images, batch.prompts))
+        assert gate.shown == [1] * 4
+        assert torch.equal(scoring(images, batch.prompts), brightness(images, batch.prompts))
+        assert gate.shown == [1] * 4 + [4]  # what is begun serves one call
+
+
+def test_a_training_scores_ahead_and_asks_for_no_image_twice(sd_folder: Path, tmp_path: Path) -> None:
+    gate = Gate()
+    gate.open.set()
+    settings = {"iterations": 1, "rollout.batch": 3, "evaluation.every": 1000, "preview.images": 0}
+    with serving(CustomReward("gate", gate)) as server:
+        ahead = train(served(sd_folder, server.url, **settings), tmp_path / "ahead")
+    # evaluations of two images before and after, and between them a rollout of four in pieces of three
+    assert gate.shown == [2, 3, 1, 2]
+    local = train(served(sd_folder, BRIGHTNESS, **settings), tmp_path / "local")
+    assert remote_contents(ahead, "x") == remote_contents(local, "x")
+
+
+@pytest.mark.parametrize("change", ["image", "prompt", "forgotten"])
+def test_what_was_begun_of_other_images_is_forgotten(change: str, images: torch.Tensor) -> None:
+    gate = Gate()
+    gate.open.set()
+    with serving(CustomReward("gate", gate)) as server:
+        remote = rewards.load(server.url)
+        ahead.begin(remote, images[:2], PROMPTS[:2])
+        ahead.begin(remote, images[2:] * 0.5 if change == "image" else images[2:], [*PROMPTS[2:4], "another"])
+        if change == "forgotten":
+            ahead.forget(remote)
+        assert torch.equal(remote(images, PROMPTS), brightness(images, PROMPTS))
+    assert gate.shown[-1] == (5 if change == "forgotten" else 3)
+
+
+def test_an_image_with_a_nan_is_never_shown(images: torch.Tensor) -> None:
+    gate = Gate()
+    gate.open.set()
+    bad = images.clone()
+    bad[1] = math.nan
+    with serving(CustomReward("gate", gate)) as server:
+        scoring = base.Scoring(rewards.load(server.url))
+        for start in (0, 2):
+            scoring.begin(bad[start : start + 2], PROMPTS[start : start + 2])
+        scores = scoring(bad, PROMPTS)
+    assert scores.isnan().tolist() == [False, True, False, False, False]
+    assert scores[2:].equal(brightness(images, PROMPTS)[2:])
+
+
+def test_members_of_an_ensemble_score_ahead(images: torch.Tensor) -> None:
+    gate = Gate()
+    gate.open.set()
+    with serving(CustomReward("gate", gate)) as server:
+        both = Ensemble([rewards.load(server.url), BRIGHT], [1.0, 2.0])
+        ahead.begin(both, images[:3], PROMPTS[:3])
+        assert torch.equal(both.scores(images, PROMPTS)[:, 0], brightness(images, PROMPTS))
+    assert gate.shown == [3, 2]
+
+
+def test_a_refusal_ahead_is_told_when_the_scores_are_asked_for(images: torch.Tensor) -> None:
+    with serving(BRIGHT) as server:
+        remote = rewards.load(server.url)
+    ahead.begin(remote, images, PROMPTS)
+    with pytest.raises(UserError, match="gave no answer for 0 s"):
+        remote(images, PROMPTS)
+
+
 def test_what_is_no_number_is_for_the_run_to_judge(sd_folder: Path, tmp_path: Path) -> None:
     odd = CustomReward("odd", lambda images, prompts: [math.nan, 1.0])
     with serving(odd) as server:
         training = Training(served(sd_folder, server.url), tmp_path / "run")
-        scores = training.score(torch.zeros(2, 3, 8, 8), ["a cat", "a dog"])
+        scores = base.Scoring(training.reward)(torch.zeros(2, 3, 8, 8), ["a cat", "a dog"])
     assert scores.isnan().tolist() == [True, False]

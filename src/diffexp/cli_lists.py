@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from diffexp import completion
-
-HELP = {"help_option_names": ["-h", "--help"]}
+from diffexp.cli_kinds import HELP, Computing
 
 lists = typer.Typer(rich_markup_mode=None)
 recipes = typer.Typer(rich_markup_mode=None, context_settings=HELP)
@@ -113,7 +112,7 @@ def doctor(
     typer.echo(json.dumps(found, indent=1) if as_json else describe(found))
 
 
-@lists.command()
+@lists.command(cls=Computing)
 def bench(
     recipe: Annotated[
         str | None,

@@ -206,8 +206,10 @@ class Sampler:
         return Denoised(latents, log_probs)
 
     @torch.no_grad()
-    def rollout(self, batch: Batch, size: int) -> Trajectory:
-        """Samples a batch in pieces of ``size``, without gradients."""
+    def rollout(
+        self, batch: Batch, size: int, painted: Callable[[Tensor, Sequence[str]], None] | None = None
+    ) -> Trajectory:
+        """Samples a batch in pieces of ``size``, without gradients; ``painted`` gets the images and prompts of each."""
         pieces = []
         for chunk in map(self.refreshed, batch.chunks(size)):
             latents, log_probs = self.denoise(chunk._replace(learned=None))
@@ -215,6 +217,8 @@ class Sampler:
             if chunk.learned:
                 text, log_probs = chunk.learned.text, self.log_probs(latents, chunk.learned)
             images = self.model.decode(latents[-1])
+            if painted:
+                painted(images, chunk.prompts)
             pieces.append((text, torch.stack(latents), torch.stack(log_probs), images))
         texts, latents, log_probs, images = zip(*pieces, strict=True)
         return Trajectory(

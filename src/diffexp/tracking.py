@@ -34,9 +34,8 @@ class Trackers:
         self, recipe: Recipe, folder: Path, main: bool = True, warn: Callable[[str], None] = lambda _: None
     ) -> None:
         self.names: list[Any] = trackers_of(recipe)
-        self.warn, self.accelerator = warn, None
-        if self.names and main:
-            self.accelerator = self.started(recipe, folder)
+        self.warn = warn
+        self.accelerator: Any = self.started(recipe, folder) if self.names and main else None
 
     def started(self, recipe: Recipe, folder: Path) -> Any:
         """accelerate's trackers, ready to log."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from diffexp.preview import Preview
 from diffexp.processes.interruption import Interrupted, Interruption
 from diffexp.processes.parallel import join
 from diffexp.randomness import generator
-from diffexp.rewards.base import score_or_nan
+from diffexp.rewards.base import Scoring
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
 from diffexp.runs import durable
@@ -76,7 +76,7 @@ class Training:
         if isinstance(self.reward, Ensemble):
             self.learner.journals.append(self.reward.observed)
         self.batches = self.rollouts, self.learner.batch
-        self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, self.score, self.rollouts)
+        self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, Scoring(self.reward), self.rollouts)
         self.interruption = Interruption(self.reporter.warned, self.pause)
         self.made_with = made_with(self.model.device) | self.model.source.record()
         self.iteration = self.queries = 0
@@ -208,10 +208,6 @@ class Training:
         keys = [(seed, iteration, k) for k in range(self.recipe.samples)]
         plain = ConstantGuidance(self.recipe.sampler.guidance)
         return Batch([self.prompts[row] for row in rows], self.texts.select(rows), plain, keys)
-
-    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """The training reward, checked but for its values: the algorithm drops what is not finite."""
-        return score_or_nan(self.reward, images, texts)
 
     def calibrate(self) -> None:
         """Gives an ensemble's z-scores their first statistics, from the untouched model's images."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffexp.memory import MicroBatch
+from diffexp.rewards import ahead
 from diffexp.rollout import Batch, Sampler, Trajectory
 from diffexp.samples import Fault, Samples, faults
 
@@ -49,9 +50,15 @@ def scored_rollout(
 ) -> tuple[Trajectory, Float[Tensor, " B"]]:
     """This process's share of an iteration, sampled without gradients, and the rewards of all samples.
 
-    Samples of which a latent, the image or the reward is not finite are dropped; their rewards are NaN.
+    Samples of which a latent, the image or the reward is not finite are dropped; their rewards are NaN. A reward that
+    can scores a piece of the batch while the next one is painted.
     """
-    trajectory = memory.fit(partial(sampler.rollout, mine))
+
+    def paint(size: int) -> Trajectory:
+        ahead.forget(reward)  # a piece that was painted before memory ran out is painted again
+        return sampler.rollout(mine, size, partial(ahead.begin, reward))
+
+    trajectory = memory.fit(paint)
     own = reward(trajectory.images, mine.prompts)
     samples.drop(faults(latent=trajectory.latents[-1], image=trajectory.images, reward=own))
     return trajectory, samples.gather(own)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffexp.errors import UserError
+from diffexp.rewards import ahead
 
 
 @runtime_checkable
@@ -63,6 +64,25 @@ def score_or_nan(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tens
             "compute them with torch operations on the images, without detach(), no_grad() or item()"
         )
     return scores
+
+
+class Scoring:
+    """A reward as an algorithm calls it: checked but for its values, for it drops samples without a finite one."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) for B prompts; see :func:`score_or_nan`."""
+        return score_or_nan(self.reward, images, prompts)
+
+    def begin(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Lets the reward begin, if it can: the next call begins with these images."""
+        ahead.begin(self.reward, images, prompts)
+
+    def forget(self) -> None:
+        """There will be no such call."""
+        ahead.forget(self.reward)
 
 
 def checked(name: str, scores: Any, prompts: Sequence[str]) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffexp.errors import UserError
+from diffexp.rewards import ahead
 from diffexp.rewards.base import Reward, score_or_nan
 
 
@@ -88,6 +89,16 @@ class Ensemble:
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Every member's own scores, (B, R), in the members' order; not finite where a member's is not."""
         return torch.stack([score_or_nan(reward, images, prompts) for reward in self.rewards], dim=1)
+
+    def begin(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Lets those members begin that can: the next call begins with these images."""
+        for reward in self.rewards:
+            ahead.begin(reward, images, prompts)
+
+    def forget(self) -> None:
+        """There will be no such call."""
+        for reward in self.rewards:
+            ahead.forget(reward)
 
     def combine(self, scores: Tensor) -> Tensor:
         """The members' scores (B, R) to the ensemble's (B,), by the statistics as they are."""

@@ -7,11 +7,13 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffexp.rewards.ahead import Ahead
 from diffexp.rewards.client import LONGEST_ANSWER, LONGEST_SCORE, Client, Request, Unreachable
 from diffexp.rewards.protocol import encode
 from diffexp.rewards.service import Service
@@ -23,8 +25,9 @@ FORM = 4096  # bytes of a request that are neither images nor prompts: more than
 class RemoteReward:
     """Scores from ``diffexp serve-reward`` or whatever else speaks its protocol; without a gradient.
 
-    Images travel exactly, in chunks that the server takes. While it can't be reached the call waits, for ``patience``
-    seconds at most (default: the environment's); what is scored already is kept.
+    Images travel exactly, in chunks that the server takes, and where a rollout has several batches each while the next
+    is painted (``begin``). While the server can't be reached the call waits, for ``patience`` seconds at most (default:
+    the environment's); what is scored already is kept.
 
     Raises:
         UserError: if the address is none, the server refuses the token or is no reward server, or patience ends.
@@ -38,6 +41,8 @@ class RemoteReward:
             service = self.client.persist(self.client.health)
         self.serves = service.name
         self.service: Service | None = service
+        self.ahead, self.one_at_a_time = Ahead(self.score), Lock()
+        self.begin, self.forget = self.ahead.begin, self.ahead.forget
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), float32, of images (B, 3, H, W) in [0, 1] for B prompts; NaN where the server has no number.
@@ -45,12 +50,19 @@ class RemoteReward:
         Raises:
             UserError: as above, or if the server has begun to serve another reward.
         """
+        known = self.ahead.take(images, prompts)
+        scores = known + self.score(images[len(known) :], prompts[len(known) :])
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
+        """The scores of all images, chunk by chunk."""
         scores: list[float] = []
-        with closing(self.client):  # between calls a run may compute for longer than a server keeps a connection
+        # between calls a run may compute for longer than a server keeps a connection
+        with self.one_at_a_time, closing(self.client):
             while len(scores) < len(prompts):
                 start = len(scores)
                 scores += self.client.persist(partial(self.chunk, images[start:], prompts[start:]))
-        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+        return scores
 
     @torch.no_grad()
     def chunk(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
