@@ -33,6 +33,7 @@ from diffexp.rewards.custom import CustomReward
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rewards.remote import RemoteReward
 from diffexp.rewards.service import Limits
+from diffexp.rollout import Batch
 from diffexp.runs import checkpoint
 from diffexp.terminal.reporter import Reporter
 from diffexp.training import Training
@@ -580,32 +581,55 @@ def test_a_training_scores_ahead_and_asks_for_no_image_twice(sd_folder: Path, tm
     assert remote_contents(ahead, "x") == remote_contents(local, "x")
 
 
+def test_an_evaluation_scores_a_piece_while_the_next_is_painted(sd_folder: Path, tmp_path: Path) -> None:
+    gate = Gate()
+
+    def watch(pieces: list[Batch]) -> Iterator[Batch]:
+        yield pieces[0]
+        gate.open.set()  # only now, with the first painted, can it be scored
+        yield from pieces[1:]
+
+    changes = {"rollout.batch": 1, "evaluation.images": 3}
+    with serving(CustomReward("gate", gate)) as server:
+        remote = Training(served(sd_folder, server.url, **changes), tmp_path / "remote").evaluate
+        (found,) = remote._replace(watch=watch)()
+    (expected,) = Training(served(sd_folder, BRIGHTNESS, **changes), tmp_path / "local").evaluate()
+    assert gate.shown == [1, 1, 1]
+    assert found[2:] == expected[2:]
+
+
 @pytest.mark.parametrize("change", ["image", "prompt", "forgotten"])
 def test_what_was_begun_of_other_images_is_forgotten(change: str, images: torch.Tensor) -> None:
-    gate = Gate()
-    gate.open.set()
-    with serving(CustomReward("gate", gate)) as server:
+    asked = []
+
+    def wordy(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        asked.append(len(prompts))
+        return brightness(images, prompts) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    with serving(CustomReward("wordy", wordy)) as server:
         remote = rewards.load(server.url)
         ahead.begin(remote, images[:2], PROMPTS[:2])
-        ahead.begin(remote, images[2:] * 0.5 if change == "image" else images[2:], [*PROMPTS[2:4], "another"])
+        others = images[2:] * 0.5 if change == "image" else images[2:]
+        ahead.begin(remote, others, [*PROMPTS[2:4], "another"] if change == "prompt" else PROMPTS[2:])
         if change == "forgotten":
             ahead.forget(remote)
-        assert torch.equal(remote(images, PROMPTS), brightness(images, PROMPTS))
-    assert gate.shown[-1] == (5 if change == "forgotten" else 3)
+        assert torch.equal(remote(images, PROMPTS), wordy(images, PROMPTS))
+    assert asked[-2] == (5 if change == "forgotten" else 3)
 
 
 def test_an_image_with_a_nan_is_never_shown(images: torch.Tensor) -> None:
-    gate = Gate()
-    gate.open.set()
-    bad = images.clone()
+    shown, bad = [], images.clone()
     bad[1] = math.nan
-    with serving(CustomReward("gate", gate)) as server:
-        scoring = base.Scoring(rewards.load(server.url))
+    with serving(BRIGHT) as server:
+        remote = rewards.load(server.url)
+        scoring, chunk = base.Scoring(remote), remote.chunk
+        remote.chunk = lambda images, prompts: shown.append(images) or chunk(images, prompts)
         for start in (0, 2):
             scoring.begin(bad[start : start + 2], PROMPTS[start : start + 2])
         scores = scoring(bad, PROMPTS)
     assert scores.isnan().tolist() == [False, True, False, False, False]
     assert scores[2:].equal(brightness(images, PROMPTS)[2:])
+    assert all(seen.isfinite().all() for seen in shown)
 
 
 def test_members_of_an_ensemble_score_ahead(images: torch.Tensor) -> None:

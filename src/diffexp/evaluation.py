@@ -12,6 +12,7 @@ from diffexp.diversity import mean_diversity
 from diffexp.exploration import ConstantGuidance
 from diffexp.memory import MicroBatch
 from diffexp.processes.parallel import ALONE, Ranks
+from diffexp.rewards import ahead
 from diffexp.rewards.base import Reward, score_or_nan
 from diffexp.rewards.features import Encoder
 from diffexp.rollout import Batch, Sampler
@@ -67,8 +68,8 @@ class Evaluator(NamedTuple):
         count = len(task.prompts)
         mine = self.ranks.share(count)
         # a rank without a share, among many, samples the first for nothing: its tensors have the right shape
-        for chunk in self.watch(list(task.select(mine or [0]).chunks(self.batch.size))):
-            images = self.batch.fit(partial(self.sampler.rollout, chunk)).images
+        # a piece is scored once the next is painted: by then a reward that could begin may be done
+        for chunk, images in ahead.one_behind(self.painted(task.select(mine or [0]))):
             brightness.append(images.mean((1, 2, 3)))  # not finite where an image is not
             for reward, function in self.rewards.items():
                 with torch.no_grad():
@@ -83,6 +84,14 @@ class Evaluator(NamedTuple):
             rewards = rewards[rewards.isfinite()]
             figures = float(rewards.mean()), float(rewards.std(correction=0)), len(rewards)
             yield Score(name, reward, *figures, diversity, self.encoder.name if self.encoder else None, kl)
+
+    def painted(self, task: Batch) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """A batch and its images (B, 3, H, W), piece by piece; rewards that can begin do."""
+        for chunk in self.watch(list(task.chunks(self.batch.size))):
+            images = self.batch.fit(partial(self.sampler.rollout, chunk)).images
+            for reward in self.rewards.values():
+                ahead.begin(reward, images, chunk.prompts)
+            yield chunk, images
 
     def diversity(self, features: Sequence[torch.Tensor], count: int) -> float | None:
         """How different the ``count`` images are, out of this process's features of them."""

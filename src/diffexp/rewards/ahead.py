@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextvars import Context, copy_context
 from queue import SimpleQueue
 from threading import Thread
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 POLL = 0.1  # seconds between two looks at a piece at work: not everywhere does a signal end a longer wait
 
@@ -19,10 +21,10 @@ class Eager(Protocol):
     """A reward that can begin before it is called."""
 
     def begin(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Starts to score images (B, 3, H, W) for B prompts; the next call begins with these, in this order."""
+        """Starts to score images (B, 3, H, W) for B prompts; calls follow that ask for them in the order begun."""
 
     def forget(self) -> None:
-        """There will be no such call."""
+        """There will be no such calls."""
 
 
 def begin(reward: object, images: Tensor, prompts: Sequence[str]) -> None:
@@ -35,6 +37,15 @@ def forget(reward: object) -> None:
     """What a reward has begun is not wanted any more."""
     if isinstance(reward, Eager):
         reward.forget()
+
+
+def one_behind(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each once the next is there."""
+    waiting: list[Item] = []
+    for item in items:
+        yield from waiting
+        waiting = [item]
+    yield from waiting
 
 
 class Piece(NamedTuple):
@@ -77,22 +88,21 @@ class Ahead:
                     scores.set_exception(error)
 
     def take(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
-        """The scores of the first images, as many as were begun; what was begun of others is forgotten.
+        """The scores of the first images, as many as were begun; once others were, all that was begun is forgotten.
 
         Raises:
             Exception: whatever ``score`` raised.
         """
         found: list[float] = []
-        try:
-            for piece in self.pieces:
-                rows = slice(len(found), len(found) + len(piece.prompts))
-                if piece.prompts != list(prompts[rows]) or not piece.images.equal(images[rows].cpu()):
-                    break
-                while not piece.scores.done():
-                    wait([piece.scores], POLL)
-                found += piece.scores.result()
-        finally:
-            self.forget()
+        while self.pieces and len(found) < len(prompts):
+            piece = self.pieces.pop(0)
+            rows = slice(len(found), len(found) + len(piece.prompts))
+            if piece.prompts != list(prompts[rows]) or not piece.images.equal(images[rows].cpu()):
+                self.forget()
+                break
+            while not piece.scores.done():
+                wait([piece.scores], POLL)
+            found += piece.scores.result()
         return found
 
     def forget(self) -> None:
