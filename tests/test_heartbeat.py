@@ -85,6 +85,15 @@ def test_no_thread_talks_to_the_store_when_the_watch_is_over() -> None:
     assert not heartbeat.pulsing.is_alive()
 
 
+def test_who_has_met_the_others_has_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that stops before its threads have begun would be waited for as if it were still starting."""
+    counted = []
+    monkeypatch.setattr(SlowStore, "add", lambda store, key, amount: counted.append((key, amount)))
+    monkeypatch.setattr(Heartbeat, "pulse", lambda heartbeat: None)
+    Heartbeat(SlowStore(), 1, 2, patience=60).leave()
+    assert counted == [("beats of 1", 1)]
+
+
 def test_a_slow_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("slow", tmp_path, monkeypatch)
 

@@ -41,6 +41,9 @@ class Heartbeat:
         guarding = Thread(target=self.guard, name="heartbeat-guard", daemon=True)
         self.pulsing = Thread(target=self.pulse, name="heartbeat-pulse", daemon=True)
         guarding.start()
+        # whoever has met the others has counted: one that then stops at once is lost, not about to start
+        with suppress(RuntimeError):  # a store that is gone is the pulse's to find
+            self.count()
         self.pulsing.start()
 
     def pulse(self) -> None:
@@ -50,7 +53,7 @@ class Heartbeat:
             # a connection of its own: the ranks' main threads wait for each other on the one they met at
             self.store = self.store.clone()
             while True:
-                self.store.add(f"beats of {self.rank}", 1)
+                self.count()
                 beats = self.store.add(f"beats of {self.watched}", 0)
                 if self.store.check(["verdict"]):
                     self.verdict = self.store.get("verdict").decode()
@@ -62,6 +65,10 @@ class Heartbeat:
                     break
         except RuntimeError:
             self.verdict = self.verdict or f"process 0 of {self.size}, or its machine, is gone"
+
+    def count(self) -> None:
+        """A sign of life."""
+        self.store.add(f"beats of {self.rank}", 1)
 
     def guard(self) -> None:
         """Ends this process when another one is lost.
