@@ -574,11 +574,11 @@ def test_a_training_scores_ahead_and_asks_for_no_image_twice(sd_folder: Path, tm
     gate.open.set()
     settings = {"iterations": 1, "rollout.batch": 3, "evaluation.every": 1000, "preview.images": 0}
     with serving(CustomReward("gate", gate)) as server:
-        ahead = train(served(sd_folder, server.url, **settings), tmp_path / "ahead")
+        remote = train(served(sd_folder, server.url, **settings), tmp_path / "ahead")
     # evaluations of two images before and after, and between them a rollout of four in pieces of three
     assert gate.shown == [2, 3, 1, 2]
     local = train(served(sd_folder, BRIGHTNESS, **settings), tmp_path / "local")
-    assert remote_contents(ahead, "x") == remote_contents(local, "x")
+    assert remote_contents(remote, "x") == remote_contents(local, "x")
 
 
 def test_an_evaluation_scores_a_piece_while_the_next_is_painted(sd_folder: Path, tmp_path: Path) -> None:

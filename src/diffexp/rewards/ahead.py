@@ -28,8 +28,8 @@ class Eager(Protocol):
 
 
 def begin(reward: object, images: Tensor, prompts: Sequence[str]) -> None:
-    """Lets a reward begin that can. No reward is ever shown an image with a NaN."""
-    if isinstance(reward, Eager) and images.isfinite().all():
+    """Lets a reward begin that can."""
+    if isinstance(reward, Eager):
         reward.begin(images, prompts)
 
 
@@ -68,12 +68,14 @@ class Ahead:
         self.queue: SimpleQueue[tuple[Context, Piece]] | None = None
 
     def begin(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Adds a piece."""
+        """Adds a piece, unless an image has a NaN: no reward is ever shown one."""
+        # on the CPU, where they have to go anyway: a batch on its way takes no memory of the device
+        piece = Piece(images.detach().cpu(), list(prompts), Future())
+        if not piece.images.isfinite().all():
+            return
         if self.queue is None:
             self.queue = SimpleQueue()
             Thread(target=self.work, args=(self.queue,), name="scoring-ahead", daemon=True).start()
-        # on the CPU, where they have to go anyway: a batch on its way takes no memory of the device
-        piece = Piece(images.detach().cpu(), list(prompts), Future())
         self.pieces.append(piece)
         self.queue.put((copy_context(), piece))
 
