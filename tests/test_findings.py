@@ -13,9 +13,11 @@ from rich.console import Console
 from diffexp.errors import UserError
 from diffexp.markdown import replace_section
 from diffexp.study import archive, claims, tuning
+from diffexp.study.archive import Folders
 from diffexp.study.claims import Verdict
 from diffexp.study.experiments import FIGURES, Bars, Curves, Tuning, chosen, jobs
-from diffexp.study.reproduce import reproduce
+from diffexp.study.pace import Times
+from diffexp.study.reproduce import Plan, Trainer, reproduce
 from diffexp.study.scales import SCALES
 from diffexp.study.statistics import Estimate, Ratio
 
@@ -128,6 +130,49 @@ def test_a_store_is_small_and_gives_the_runs_back(store: Path, tmp_path: Path) -
     assert not (tmp_path / "none").exists()
 
 
+def test_a_study_goes_on_from_its_store_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine: what the store has is not trained again, and what it tuned is taken."""
+    elsewhere, out, store = tmp_path / "elsewhere", tmp_path / "here", tmp_path / "study"
+    for job in jobs(["tuning"], EMOJI):
+        write_run(elsewhere, job, 2.0 if "1e-2" in job.name else 1.0)
+    tuned = tuning.choice(EMOJI, Folders(elsewhere))
+    assert tuned["alignprop", "drawbench"]["optimizer.learning_rate"] == 1e-2
+    runs = {job.name: job for job in jobs(["10a"], EMOJI, chosen=tuned)}
+    missing = runs.pop("drawbench-alignprop-diffexp-s1")
+    for job in runs.values():
+        write_run(elsewhere, job, 1.0)
+    archive.pack(sorted(elsewhere.iterdir()), store / archive.FILE)
+
+    trained = []
+
+    def run(trainer: Trainer) -> None:
+        for state in trainer.waiting:
+            trained.append(state.job)
+            write_run(out / "emoji", state.job, 1.5)
+            (state.folder / "lora").mkdir()
+            (state.folder / "lora" / "README.md").touch()  # where the card is, a run is finished
+
+    monkeypatch.setattr(Trainer, "run", run)
+    monkeypatch.setattr(Times, "try_out", lambda *_: None)
+
+    def go_on(figure: str, dry_run: bool = False, **settings: Any) -> str:
+        console = Console(record=True, width=200)
+        with console.capture() as said:
+            reproduce(figure, "emoji", None, out, 1, dry_run, settings, console, store=store)
+        return said.get()
+
+    assert "6 runs, 5 finished" in go_on("10a", dry_run=True)
+    assert not out.exists()
+    with pytest.raises(UserError, match=r"--store: it has a run .* of another recipe: choose another --store"):
+        go_on("10a", samples=2)
+    go_on("10a")
+    assert trained == [missing], "with the settings that tuning chose elsewhere"
+    assert len(archive.unpack(store / archive.FILE, tmp_path / "all")) == len(list(elsewhere.iterdir())) + 1
+    assert (out / "emoji" / "figures" / "figure-10a.png").is_file(), "of all runs, wherever they were trained"
+    plan = Plan({"8": FIGURES["8"]}, EMOJI, None, {}, Folders(out / "emoji", tmp_path / "all"))
+    assert [state.finished for state in plan.states()] == [False, False], "a store has no model to paint with"
+
+
 def test_tuning_takes_the_best_mean_of_both_sides(tmp_path: Path) -> None:
     """The mean over sides and seeds decides, task by task, once every candidate has been tried there to its end."""
     gains = {"lr-1e-3-s100": 1.0, "lr-1e-3-s101": 1.0, "lr-3e-3-s100": 2.5, "lr-3e-3-s101": 0.0}
@@ -137,9 +182,9 @@ def test_tuning_takes_the_best_mean_of_both_sides(tmp_path: Path) -> None:
         write_run(tmp_path, job, 3.0 if best else next((g for key, g in gains.items() if job.name.endswith(key)), 0.5))
     tuned = {("alignprop", task) for task in ("pickscore", "drawbench", "aesthetic", "sdxl")}
     tuned |= {("ddpo", task) for task in ("dolphin", "pickscore", "aesthetic")}
-    assert tuning.choice(EMOJI, tmp_path).keys() == tuned - {("ddpo", "aesthetic")}, "a run of it is missing"
+    assert tuning.choice(EMOJI, Folders(tmp_path)).keys() == tuned - {("ddpo", "aesthetic")}, "a run of it is missing"
     write_run(tmp_path, every[-1], 0.0)
-    choice = tuning.choice(EMOJI, tmp_path)
+    choice = tuning.choice(EMOJI, Folders(tmp_path))
     assert choice.keys() == tuned
     epochs = {"optimizer.learning_rate": 3e-3, "algorithm.inner_epochs": 2}
     assert choice["ddpo", "dolphin"] == choice["ddpo", "pickscore"] == epochs, "3 and 0.5 against 1.25 and 1.25"
@@ -147,7 +192,7 @@ def test_tuning_takes_the_best_mean_of_both_sides(tmp_path: Path) -> None:
     assert choice["alignprop", "sdxl"] == {"optimizer.learning_rate": 1e-2}, "3 and 0.5 against 1.25 and 1.25"
     figure = FIGURES["tuning"]
     assert isinstance(figure, Tuning)
-    rows = tuning.rows(tuning.tried(figure, EMOJI, tmp_path))
+    rows = tuning.rows(tuning.tried(figure, EMOJI, Folders(tmp_path)))
     assert ["dolphin", "DDPO", "lr-3e-3", "9.5, 7", "8.25", ""] in rows
     assert len(rows) == 1 + 28
     assert sum(row[-1] == "yes" for row in rows) == 8

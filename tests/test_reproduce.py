@@ -22,6 +22,7 @@ from diffexp.rollout import Batch
 from diffexp.study import drawing as drawn_by
 from diffexp.study import pace
 from diffexp.study import reproduce as reproduction
+from diffexp.study.archive import Folders
 from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import FIGURES, Bars, Grid, Panel, Strategies, arms, jobs, paintings
 from diffexp.study.pace import Spent, Times, Work
@@ -113,7 +114,7 @@ def test_grids_bars_and_curves_share_runs(sd_folder: Path, tmp_path: Path, here:
     call("17a", tmp_path, settings)
     assert "bike" in (folder / "figures" / "figure-17a.svg").read_text()
     assert not (folder / "figures" / "figure-17a").exists(), "statistics are about training prompts"
-    drawing = Drawing(SCALES["emoji"], folder, tmp_path, 1, settings)
+    drawing = Drawing(SCALES["emoji"], Folders(folder), tmp_path, 1, settings)
     drawing.draw("bars", Bars("", [Panel("DrawBench", "drawbench", arms("alignprop", "diffexp"), held_out=True)]))
     drawn = (tmp_path / "figure-bars.svg").read_text()
     assert all(
@@ -155,7 +156,7 @@ def test_unfinished_runs_go_on_and_strangers_are_refused(tmp_path: Path, sd_fold
             file.unlink()
         newest.rmdir()
     (folder / "lora" / "README.md").unlink()  # where the card is, a run is finished
-    state = State.look(job, folder)
+    state = State.look(job, Folders(folder.parent))
     assert (state.iteration, state.finished, str(state)) == (1, False, "at iteration 1")
     assert state.left == (2 * 2 + 3 * 2 * 2) / 2
     with pytest.raises(UserError, match="holds a run of another recipe: choose another --out"):
@@ -211,7 +212,7 @@ def test_every_grid_counts_what_it_paints(tmp_path: Path, monkeypatch: pytest.Mo
         return torch.zeros(len(batch.prompts), 3, 8, 8)
 
     emptied(monkeypatch, paint)
-    drawing = Drawing(scale, tmp_path, tmp_path, 1, {})
+    drawing = Drawing(scale, Folders(tmp_path), tmp_path, 1, {})
     for name, figure in FIGURES.items():
         if isinstance(figure, Grid | Strategies):
             asked.clear()
@@ -240,7 +241,7 @@ def test_rows_of_a_grid_are_in_order_and_start_from_the_same_noise(
 
     opened = emptied(monkeypatch, paint)
     monkeypatch.setattr(drawn_by.figures, "image_grid", grid)
-    drawing = Drawing(SCALES["emoji"], tmp_path, tmp_path, 1, {})
+    drawing = Drawing(SCALES["emoji"], Folders(tmp_path), tmp_path, 1, {})
     drawing.draw("8", FIGURES["8"])
     rows = ["pre-trained", "AlignProp", "AlignProp + DiffExp"]
     assert grids == [([[(row, prompt, k) for k in range(4)] for row in range(3)], rows) for prompt in range(2)]

@@ -227,7 +227,7 @@ def reproduce(
         Path | None, typer.Option("--from", help="Train nothing: draw what this store, or folder of runs, has.")
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Keep the runs' numbers in this folder, and write STORE.md from them.")
+        Path | None, typer.Option(help="Keep runs' numbers in this folder, train none that it has, write STORE.md.")
     ] = None,
     overrides: Overrides = None,
 ) -> None:

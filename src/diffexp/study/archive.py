@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ from diffexp.toml import toml_lines
 
 FILE = "runs.jsonl"
 DIGITS = 6  # significant ones
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a study's runs are: those ``trained`` here, and the numbers of those that a store has, ``kept``."""
+
+    trained: Path
+    kept: Path | None = None
+
+    def find(self, run: str) -> Path:
+        """A run's folder; that of its numbers alone where it is not finished here."""
+        here = self.trained / run
+        numbers = self.kept / run if self.kept else here
+        return numbers if complete(numbers) and not complete(here) else here
 
 
 def pack(runs: Iterable[Path], file: Path) -> int:

@@ -16,6 +16,7 @@ from diffexp.rewards.spec import parse
 from diffexp.runs.reading import Measure, Run
 from diffexp.runs.records import to_images
 from diffexp.study import comparison
+from diffexp.study.archive import Folders
 from diffexp.study.experiments import (
     COLUMNS,
     STRATEGIES,
@@ -55,7 +56,7 @@ class Drawing:
     """
 
     scale: Scale
-    runs: Path
+    runs: Folders
     out: Path
     seeds: int | None
     overrides: Mapping[str, Any]
@@ -95,7 +96,7 @@ class Drawing:
 
     def folders(self, task: str, arm: Arm) -> list[Path]:
         """The runs of an arm, one a seed; with numbers only, those that are there."""
-        found = [self.runs / run_name(task, arm, seed) for seed in range(self.seeds or 1)]
+        found = [self.runs.find(run_name(task, arm, seed)) for seed in range(self.seeds or 1)]
         return [folder for folder in found if folder.is_dir()] if self.partly else found
 
     def arms(self, panel: Panel) -> dict[Arm, comparison.Arm]:

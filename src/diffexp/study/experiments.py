@@ -367,6 +367,12 @@ def wanted(figure: Figure) -> list[tuple[str, Arm]]:
     return [(part.task, arm) for part in parts for arm in part.arms]
 
 
+def shown(figures: Iterable[Figure]) -> set[str]:
+    """The runs whose images figures have: of these, numbers alone don't do."""
+    pictures = [figure for figure in figures if isinstance(figure, Grid) or getattr(figure, "progress", False)]
+    return {run_name(task, arm, 0) for figure in pictures for task, arm in wanted(figure)}
+
+
 def chosen(name: str, scale: str) -> dict[str, Figure]:
     """The figure of that name, or with "all" every figure of the paper that the scale has; the others are "ours".
 

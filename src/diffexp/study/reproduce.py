@@ -26,14 +26,18 @@ from diffexp.runs.reading import objects
 from diffexp.runs.records import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS
 from diffexp.runs.runfolder import finished
 from diffexp.study import archive, tuning, write_up
+from diffexp.study.archive import Folders
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
-from diffexp.study.experiments import Choice, Figure, Job, Painting, Tuning, chosen, jobs, paintings
+from diffexp.study.experiments import Choice, Figure, Job, Painting, Tuning, chosen, jobs, paintings, shown
 from diffexp.study.pace import ONE_THREAD, Spent, Times, Work, why_unknown
 from diffexp.study.scales import SCALES, Scale
 from diffexp.study.variants import TITLES
+from diffexp.toml import flat
 
 TIMES = "times.jsonl"
+MACHINE = ("device", "model.precision", "rollout.batch", "update.batch", "update.checkpoint")
+"""What a machine may force on a run: where a store's run was trained otherwise, it is the same run to a study."""
 POLL = 0.5  # seconds between two looks at the running processes
 
 
@@ -46,17 +50,20 @@ class State:
     iteration: int
 
     @classmethod
-    def look(cls, job: Job, folder: Path) -> State:
-        """What the run's folder says.
+    def look(cls, job: Job, runs: Folders, images: bool = False) -> State:
+        """What the run's folder says, or a store's numbers, unless ``images`` of the run are wanted.
 
         Raises:
             UserError: if it holds the run of another recipe.
         """
-        if (folder / CONFIG).is_file() and Recipe.load(folder / CONFIG) != job.recipe:
+        folder, numbers = runs.trained / job.name, runs.kept / job.name if runs.kept else None
+        if differs(folder, job):
             raise UserError(
                 f"--out: {folder} holds a run of another recipe: choose another --out, or remove that folder"
             )
-        if finished(folder, job.recipe):
+        if numbers and differs(numbers, job, MACHINE):
+            raise UserError(f"--store: it has a run {job.name} of another recipe: choose another --store")
+        if finished(folder, job.recipe) or (numbers and not images and archive.complete(numbers)):
             return cls(job, folder, job.recipe.iterations)
         newest = checkpoint.read_newest(folder / CHECKPOINTS)
         done = 0 if newest is None else int(newest.numbers["iteration"])
@@ -193,7 +200,7 @@ class Plan:
     scale: Scale
     seeds: int | None
     overrides: Mapping[str, Any]
-    runs: Path
+    runs: Folders
 
     def choice(self) -> Choice:
         """What tuning chose. Recipes of algorithms whose tuning is not finished stay as they are."""
@@ -202,7 +209,8 @@ class Plan:
     def states(self) -> list[State]:
         """How far every run is, tuning first. While that is not finished, the others have the recipes' own settings."""
         found = jobs(self.figures, self.scale, self.seeds, self.overrides, self.choice())
-        return [State.look(job, self.runs / job.name) for job in found]
+        pictured = shown(self.figures.values())
+        return [State.look(job, self.runs, images=job.name in pictured) for job in found]
 
     def paintings(self) -> dict[str, list[Painting]]:
         """What drawing each figure paints."""
@@ -227,16 +235,27 @@ def reproduce(
 ) -> None:
     """Trains what the figure (or "all") needs, except what is finished already, and draws it into ``out``/scale.
 
-    With a ``store``, also keeps the numbers of the runs there, and writes what they say. With a ``source``, a store or
-    a folder of runs, nothing is trained.
+    With a ``store``, also keeps the numbers of the runs there, writes what they say, and trains none of those that it
+    has, but where their images are to be drawn. With a ``source``, a store or a folder of runs, nothing is trained.
 
     Raises:
         UserError: for a name that is none, settings that make no recipe, a folder of other runs, or a run that failed.
     """
-    plan = Plan(chosen(name, scale), SCALES[scale], seeds, overrides, out / scale)
-    if source:
-        return keep(replace(plan, runs=source), store or source, console)
-    times, states, pictures = Times(plan.runs / TIMES), plan.states(), plan.paintings()
+    figures = chosen(name, scale)
+    with TemporaryDirectory() as kept:
+        if store and (store / archive.FILE).is_file():
+            archive.unpack(store / archive.FILE, Path(kept))
+        plan = Plan(figures, SCALES[scale], seeds, overrides, Folders(source or out / scale, Path(kept)))
+        if not source:
+            make(plan, workers, dry_run, console)
+        target = store or source
+        if target and (source or not dry_run):
+            keep(plan, target, console)
+
+
+def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> None:
+    """Says what there is to do, trains what is not finished, ``workers`` at a time, and draws the figures."""
+    times, states, pictures = Times(plan.runs.trained / TIMES), plan.states(), plan.paintings()
     ahead = [state.job.recipe for state in states if not state.finished]
     ahead += [painting.recipe for figure in pictures.values() for painting in figure]
     on_cpu = device([*(state.job.recipe for state in states), *ahead]) == "cpu"
@@ -250,21 +269,18 @@ def reproduce(
         tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task in plan.choice()))
         console.print(f"tuned so far: {tuned or 'nothing; recipes have their own settings until then'}", soft_wrap=True)
     if dry_run:
-        return None
+        return
     tried = [name for name, figure in plan.figures.items() if isinstance(figure, Tuning)]
     for stage in (replace(plan, figures={name: plan.figures[name] for name in tried}), plan):
         # the second stage's recipes are known when the first is finished
         Trainer(stage.states(), times, workers, on_cpu, console).run()
-    drawing = plan.drawing(plan.runs / "figures")
+    drawing = plan.drawing(plan.runs.trained / "figures")
     for key, figure in plan.figures.items():
         if isinstance(figure, Tuning):
             table = table_text(tuning.rows(tuning.tried(figure, plan.scale, plan.runs)))
             console.print(table, highlight=False, markup=False, soft_wrap=True)
         for file in drawing.draw(key, figure)[:1]:
             console.print(f"figure {key}: {file}", highlight=False, soft_wrap=True)
-    if store:
-        keep(plan, store, console)
-    return None
 
 
 def keep(plan: Plan, store: Path, console: Console) -> None:
@@ -273,19 +289,19 @@ def keep(plan: Plan, store: Path, console: Console) -> None:
     Raises:
         UserError: if there are neither runs nor a store, or the store would lie among the runs.
     """
-    file = store / archive.FILE
-    if not plan.runs.is_dir():
-        raise UserError(f"--from {plan.runs}: no such folder")
-    if not (plan.runs / archive.FILE).is_file():
-        if plan.runs == store:
-            raise UserError(f"--from {plan.runs} has no {archive.FILE}, so it is no store: also give --store FOLDER")
+    file, runs = store / archive.FILE, plan.runs.trained
+    if not runs.is_dir():
+        raise UserError(f"--from {runs}: no such folder")
+    if not (runs / archive.FILE).is_file():
+        if runs == store:
+            raise UserError(f"--from {runs} has no {archive.FILE}, so it is no store: also give --store FOLDER")
         done = [state.folder for state in plan.states() if state.finished]
         archive.pack([folder for folder in done if archive.complete(folder)], file)
-    elif plan.runs != store:
-        raise UserError(f"--from {plan.runs} is a store already: leave --store out")
+    elif runs != store:
+        raise UserError(f"--from {runs} is a store already: leave --store out")
     with TemporaryDirectory() as unpacked:
         count = len(archive.unpack(file, Path(unpacked)))
-        drawing = replace(plan, runs=Path(unpacked)).drawing(store, partly=True)
+        drawing = replace(plan, runs=Folders(Path(unpacked))).drawing(store, partly=True)
         document = write_up.write(plan.figures, drawing, store)
     console.print(f"{count} runs in {file}; figures beside it; {document}", highlight=False, soft_wrap=True)
 
@@ -323,6 +339,14 @@ def describe(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def differs(folder: Path, job: Job, free: Collection[str] = ()) -> bool:
+    """Whether a folder holds another run than the job's, whatever settings are ``free``."""
+    if not (folder / CONFIG).is_file():
+        return False
+    there, here = (flat(recipe.model_dump()) for recipe in (Recipe.load(folder / CONFIG), job.recipe))
+    return any(there.get(key) != here.get(key) for key in (there.keys() | here.keys()) - set(free))
 
 
 def untimed(recipes: Sequence[Recipe], times: Times, scale: Scale) -> str | None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffexp.runs.reading import Run
-from diffexp.study.archive import complete
+from diffexp.study.archive import Folders, complete
 from diffexp.study.experiments import FIGURES, TUNING_SEEDS, Arm, Choice, Tuning, trial_name
 from diffexp.study.scales import Scale
 from diffexp.study.statistics import final_reward
@@ -35,18 +35,18 @@ class Trial(NamedTuple):
         return float(np.mean(self.rewards))
 
 
-def tried(figure: Tuning, scale: Scale, runs: Path) -> list[Trial]:
+def tried(figure: Tuning, scale: Scale, runs: Folders) -> list[Trial]:
     """Every candidate whose runs are all there, finished."""
     found = []
     for task, arm in figure.tried:
         for name in scale.candidates[arm.algorithm]:
-            folders = [runs / trial_name(task, arm, name, seed) for seed in TUNING_SEEDS]
+            folders = [runs.find(trial_name(task, arm, name, seed)) for seed in TUNING_SEEDS]
             if all(complete(folder) for folder in folders):
                 found.append(Trial(task, arm, name, tuple(final(folder) for folder in folders)))
     return found
 
 
-def choice(scale: Scale, runs: Path) -> Choice:
+def choice(scale: Scale, runs: Folders) -> Choice:
     """The settings that won, where all candidates of an algorithm, plain and exploring, have been tried on a task."""
     figure = FIGURES["tuning"]
     if not (scale.candidates and isinstance(figure, Tuning)):

@@ -27,7 +27,7 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
     measured = {name: drawing.measured(name, figure) for name, figure in figures.items()}
     planned = {name: runs_of(name, drawing) for name in figures}
     runs = set().union(*planned.values())
-    finished = {run for run in runs if (drawing.runs / run).is_dir()}
+    finished = {run for run in runs if drawing.runs.find(run).is_dir()}
     cut_short = {name for name, needed in planned.items() if needed - finished}
     so_far = f"\n\n**So far {len(finished)} of the {len(runs)} runs are finished.**" if cut_short else ""
     parts = [f"### The paper's claims{so_far}\n\n{claims(measured, cut_short)}"]
