@@ -114,18 +114,21 @@ def both(folder: Path, settings: Callable[[str], Recipe]) -> Run:
 
 
 def assert_same(run: Path, alone: Path) -> None:
-    """The same pictures, and figures that agree to a millionth: of their value as far as they can, else of 1.
+    """The same pictures, and figures that agree to a millionth of their value, or as far as they can.
 
     AlignProp's first iteration can. DDPO's has two updates, and Adam's first steps see little more of a gradient than
-    its sign: where a parameter's is rounding, so is its step. From there on the loss, which cancels, needs more.
+    its sign: where a parameter's is rounding, so is its step. What comes of it differs between makes of processor, for
+    the next gradient up to 1.4e-5 of its value. From there on the loss, which cancels, needs more.
     """
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         for one, other in zip(lines(run, name), lines(alone, name), strict=True):
             assert one.keys() == other.keys()
             first = one["iteration"] <= 1
             for key, value in one.items():
-                near = 0.0 if first and "backprop_steps" in one else 1e-6 if first or key != "loss" else 1e-5
-                same = pytest.approx(other[key], rel=1e-6, abs=near) if isinstance(value, float) else other[key]
+                rel, near = 1e-4, 1e-6 if first or key != "loss" else 1e-5
+                if first and "backprop_steps" in one:
+                    rel, near = 1e-6, 0.0
+                same = pytest.approx(other[key], rel=rel, abs=near) if isinstance(value, float) else other[key]
                 assert value == same, (one["iteration"], key)
     assert contents(run)[-1] == contents(alone)[-1]  # the pictures
     tensors = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (run, alone)]
