@@ -17,9 +17,11 @@ from test_real_layouts import metrics, recipe
 
 from diffexp import assembly, models, train
 from diffexp.algorithms.ddpo import DDPO
+from diffexp.devices import slow
 from diffexp.exploration import Exploration, WordWeighting
 from diffexp.models import TextToImage, lora
 from diffexp.rollout import Batch, Sampler
+from diffexp.terminal.reporter import Reporter
 
 PROMPTS = ["a cat", "a bike", "a red dog"]
 SCALES = (0.0, 0.5, 1.0, 5.0)
@@ -62,6 +64,23 @@ def test_a_recipe_in_bf16_starts_on_policy(xl_folder: Path, tmp_path: Path) -> N
     line = metrics(train(recipe(str(xl_folder), "ddpo", **changes), tmp_path / "run"))[0]
     assert (line["ratio_deviation"], line["clip_fraction"]) == (0, 0)
     assert line["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_cpu_that_only_pretends_says_so(
+    able: bool, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for precision in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", lambda: able)
+    words = "model.precision = 'bf16': this CPU is several times faster in 'fp32'"
+    assert slow("bf16", torch.device("cpu")) == (None if able else words)
+    assert (slow("fp16", torch.device("cpu")) is None) == able
+    assert slow("fp32", torch.device("cpu")) is slow("bf16", torch.device("cuda")) is None
+    told = list[str]()
+    reporter = Reporter()
+    monkeypatch.setattr(reporter, "warned", told.append)
+    train(recipe(str(sd_folder), "ddpo", iterations=1, **{"model.precision": "bf16"}), tmp_path / "run", reporter)
+    assert told == ([] if able else [words])
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffexp import assembly, control, prompts, report, rewards
 from diffexp.config import Recipe
+from diffexp.devices import slow
 from diffexp.errors import UserError
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance
@@ -91,6 +92,8 @@ class Training:
                 held.enter_context(claimed(self.folder, self.recipe))
             self.open_folder()
             self.reporter.started(self.recipe, self.folder, self.iteration)
+            if slowness := slow(self.recipe.model.precision, self.model.device):
+                self.reporter.warned(slowness)
             try:
                 trackers = Trackers(self.recipe, self.folder, self.ranks.main, self.reporter.warned)
                 with trackers as self.trackers, self.interruption:

@@ -12,12 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from diffexp import assembly
 from diffexp.config import Recipe
+from diffexp.devices import slow
 from diffexp.durations import duration
 from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted, Interruption
@@ -258,12 +260,13 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
     times, states, pictures = Times(plan.runs.trained / TIMES), plan.states(), plan.paintings()
     ahead = [state.job.recipe for state in states if not state.finished]
     ahead += [painting.recipe for figure in pictures.values() for painting in figure]
-    on_cpu = device([*(state.job.recipe for state in states), *ahead]) == "cpu"
+    where = device([*(state.job.recipe for state in states), *ahead])
+    on_cpu = where.type == "cpu"
     workers = workers or (os.cpu_count() or 1 if on_cpu else 1)
     if dry_run:
         times.try_out(ahead, workers)
     describe(plan.figures, states, pictures, times, workers, console)
-    if reason := untimed(ahead, times, plan.scale):
+    for reason in filter(None, (untimed(ahead, times, plan.scale), ahead and slow(ahead[0].model.precision, where))):
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if plan.scale.candidates:
         tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task in plan.choice()))
@@ -374,9 +377,9 @@ def spent(state: State, seconds: float) -> Spent:
     return Spent(training, max(0.0, seconds - training))
 
 
-def device(recipes: Sequence[Recipe]) -> str:
-    """The kind of device that the runs train on."""
-    return assembly.device(recipes[0].device if recipes else "auto").type
+def device(recipes: Sequence[Recipe]) -> torch.device:
+    """Where the runs train."""
+    return assembly.device(recipes[0].device if recipes else "auto")
 
 
 def painted(folder: Path) -> int:
