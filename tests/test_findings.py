@@ -76,6 +76,7 @@ def test_the_document_says_what_the_runs_say(store: Path) -> None:
     assert text.startswith("# Study\n\nBy hand.\n\n<!-- study -->\n")
     assert text.endswith("<!-- /study -->\n\nAlso by hand.\n")
     assert "old" not in text
+    assert "Frozen weights" not in text, "all were in one precision"
     lines = text.splitlines()
     verdicts = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| 1")}
     for name in ("10a", "17a"):
@@ -100,8 +101,11 @@ def test_a_study_cut_short_says_so(tmp_path: Path) -> None:
     folder, store = tmp_path / "runs", tmp_path / "study"
     for job in jobs(["10a"], EMOJI, seeds=2) + [job for job in jobs(["10b"], EMOJI) if "diffexp" not in job.name]:
         write_run(folder, job, 1.0)
+    slim = folder / "drawbench-alignprop-s1" / "config.toml"
+    slim.write_text(slim.read_text().replace('precision = "bf16"', 'precision = "fp32"'))
     archive.pack(sorted(folder.iterdir()), store / archive.FILE)
     text = redraw(store)
+    assert "\nFrozen weights were in bf16 in 6 runs, fp32 in 1: `drawbench-alignprop-s1`.\n" in text
     assert f"**So far 7 of the {len(jobs(chosen('all', 'emoji'), EMOJI))} runs are finished.**" in text
     assert re.search(r"\| 10a \|.* tests, so far\) \|", text)
     assert "### Figure 10b" not in text, "a baseline alone is compared to nothing"
@@ -162,6 +166,7 @@ def test_a_study_goes_on_from_its_store_alone(tmp_path: Path, monkeypatch: pytes
         return said.get()
 
     assert "6 runs, 5 finished" in go_on("10a", dry_run=True)
+    assert "6 runs, 5 finished" in go_on("10a", dry_run=True, **{"model.precision": "fp32"}), "a machine's affair"
     assert not out.exists()
     with pytest.raises(UserError, match=r"--store: it has a run .* of another recipe: choose another --store"):
         go_on("10a", samples=2)

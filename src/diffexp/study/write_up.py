@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from diffexp.markdown import plain, replace_section
+from diffexp.runs.reading import read_config
 from diffexp.study import tuning
 from diffexp.study.claims import CLAIMS, Verdict
 from diffexp.study.comparison_report import table_text
@@ -30,7 +32,8 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
     finished = {run for run in runs if drawing.runs.find(run).is_dir()}
     cut_short = {name for name, needed in planned.items() if needed - finished}
     so_far = f"\n\n**So far {len(finished)} of the {len(runs)} runs are finished.**" if cut_short else ""
-    parts = [f"### The paper's claims{so_far}\n\n{claims(measured, cut_short)}"]
+    mixed = f"\n\n{text}" if (text := precisions([drawing.runs.find(run) for run in sorted(finished)])) else ""
+    parts = [f"### The paper's claims{so_far}{mixed}\n\n{claims(measured, cut_short)}"]
     for name, figure in figures.items():
         if isinstance(figure, Tuning):
             parts.append(tried(figure, drawing))
@@ -39,6 +42,16 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
             parts.append(described(name, figure, measured[name], f"{store.name}/{picture.name}"))
     replace_section(document, SECTION, "\n\n".join(parts))
     return document
+
+
+def precisions(runs: Iterable[Path]) -> str:
+    """Which runs had their frozen weights in the rarer precision; empty where all had the same."""
+    groups = defaultdict[str, list[str]](list)
+    for run in runs:
+        groups[read_config(run)["model"]["precision"]].append(run.name)
+    most, *others = sorted(groups, key=lambda name: -len(groups[name])) or [""]
+    told = [f"{other} in {len(groups[other])}: {', '.join(f'`{run}`' for run in groups[other])}" for other in others]
+    return f"Frozen weights were in {most} in {len(groups[most])} runs, {'; '.join(told)}." if told else ""
 
 
 def runs_of(name: str, drawing: Drawing) -> set[str]:
