@@ -1,6 +1,7 @@
 """Which denoising steps does DDPO learn from? The signal and the noise of its gradient, step by step.
 
-    python benchmarks/gradient_snr.py [--batches 16] [--images 32] [--steps 20] [--run RUN] [--table docs/study.md]
+    python benchmarks/gradient_snr.py [--batches 16] [--images 32] [--steps 20] [--prompts SET] [--run RUN]
+                                      [--table docs/study.md]
 
 Rolls out batches from the untouched emoji model, or from the LoRA of a run, and keeps the LoRA gradient of every batch
 and step at the sampling policy. Every weighting of the steps is a recombination of them, so all are compared on the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -161,13 +163,17 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--images", type=int, default=32, help="in a batch, four of each prompt")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", help="of these instead of the 135; a set's name, or text:PROMPT")
     parser.add_argument("--run", type=Path, help="start from the LoRA of this run instead of the untouched model")
     parser.add_argument("--out", type=Path, default=Path("runs/gradient_snr"))
     parser.add_argument("--store", type=Path, default=Path("docs/study"))
     parser.add_argument("--table", type=Path, help="a document to put the tables into")
     arguments = parser.parse_args()
-    recipe = Recipe.load("emoji-ddpo", {"sampler.steps": arguments.steps, "device": "cpu"})
+    settings = {"prompts": arguments.prompts} if arguments.prompts else {}
+    recipe = Recipe.load("emoji-ddpo", {"sampler.steps": arguments.steps, "device": "cpu", **settings})
     name = f"gradient_snr_{arguments.steps}{'_trained' if arguments.run else ''}"
+    if arguments.prompts:
+        name += "_" + re.sub(r"[^a-z0-9]+", "_", arguments.prompts.lower().removeprefix("text:")).strip("_")
     out = arguments.out / f"{name}-{arguments.images}"
     out.mkdir(parents=True, exist_ok=True)
     collect(recipe, arguments.run, arguments.images, arguments.batches, out)
