@@ -266,7 +266,7 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
     if dry_run:
         times.try_out(ahead, workers)
     describe(plan.figures, states, pictures, times, workers, console)
-    for reason in filter(None, (untimed(ahead, times, plan.scale), ahead and slow(ahead[0].model.precision, where))):
+    if reason := untimed(ahead, times, plan.scale) or (ahead and slow(ahead[0].model.precision, where)):
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if plan.scale.candidates:
         tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task in plan.choice()))
