@@ -8,7 +8,8 @@ import pytest
 from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.prompts import load
-from diffexp.study.experiments import FIGURES, OURS, Arm, Grid, chosen, job, jobs, wanted
+from diffexp.study.experiments import job, jobs
+from diffexp.study.paper import FIGURES, OURS, Arm, Grid, chosen, wanted
 from diffexp.study.scales import SCALES
 from diffexp.toml import shipped
 

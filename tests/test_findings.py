@@ -15,8 +15,9 @@ from diffexp.markdown import replace_section
 from diffexp.study import archive, claims, tuning
 from diffexp.study.archive import Folders
 from diffexp.study.claims import Verdict
-from diffexp.study.experiments import FIGURES, Bars, Curves, Tuning, chosen, jobs
+from diffexp.study.experiments import jobs
 from diffexp.study.pace import Times
+from diffexp.study.paper import FIGURES, Bars, Curves, Tuning, chosen
 from diffexp.study.reproduce import Plan, Trainer, reproduce
 from diffexp.study.scales import SCALES
 from diffexp.study.statistics import Estimate, Ratio

@@ -24,8 +24,9 @@ from diffexp.study import pace
 from diffexp.study import reproduce as reproduction
 from diffexp.study.archive import Folders
 from diffexp.study.drawing import Drawing
-from diffexp.study.experiments import FIGURES, Bars, Grid, Panel, Strategies, arms, jobs, paintings
+from diffexp.study.experiments import jobs, paintings
 from diffexp.study.pace import Spent, Times, Work
+from diffexp.study.paper import FIGURES, Bars, Grid, Panel, Strategies, arms
 from diffexp.study.reproduce import State, Trainer, painted, reproduce
 from diffexp.study.scales import SCALES
 from diffexp.training import train

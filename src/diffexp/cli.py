@@ -235,7 +235,7 @@ def reproduce(
 
     Example: diffexp reproduce 4 --scale emoji --seeds 3 --dry-run
     """
-    from diffexp.study.experiments import chosen
+    from diffexp.study.paper import chosen
     from diffexp.toml import parse_override
 
     chosen(figure, scale)  # a wrong name is refused at once: the libraries below take seconds to load

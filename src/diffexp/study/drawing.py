@@ -17,25 +17,21 @@ from diffexp.runs.reading import Measure, Run
 from diffexp.runs.records import to_images
 from diffexp.study import comparison
 from diffexp.study.archive import Folders
-from diffexp.study.experiments import (
+from diffexp.study.experiments import Choice, Job, job, run_name, seeds_of
+from diffexp.study.findings import Measured, start
+from diffexp.study.paper import (
     COLUMNS,
     STRATEGIES,
     Arm,
     Bars,
     Block,
-    Choice,
     Curves,
     Figure,
     Grid,
-    Job,
     Panel,
     Strategies,
     Tuning,
-    job,
-    run_name,
-    seeds_of,
 )
-from diffexp.study.findings import Measured, start
 from diffexp.study.scales import Scale
 from diffexp.study.statistics import bootstrap_mean, mean_curve
 

@@ -12,7 +12,7 @@ from diffexp.study.claims import CLAIMS, Verdict, of_difference, of_ratio, toget
 from diffexp.study.comparison import Arm as Seeds
 from diffexp.study.comparison import Result, result
 from diffexp.study.comparison_report import estimate_text, ratio_text
-from diffexp.study.experiments import Arm, Panel
+from diffexp.study.paper import Arm, Panel
 from diffexp.study.statistics import Array, Estimate, at_level, bootstrap_mean, final_reward, smooth
 from diffexp.study.variants import TITLES, VARIANTS
 

@@ -31,8 +31,9 @@ from diffexp.study import archive, tuning, write_up
 from diffexp.study.archive import Folders
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
-from diffexp.study.experiments import Choice, Figure, Job, Painting, Tuning, chosen, jobs, paintings, shown
+from diffexp.study.experiments import Choice, Job, Painting, jobs, paintings, shown
 from diffexp.study.pace import ONE_THREAD, Spent, Times, Work, why_unknown
+from diffexp.study.paper import Figure, Tuning, chosen
 from diffexp.study.scales import SCALES, Scale
 from diffexp.study.variants import TITLES
 from diffexp.toml import flat

@@ -16,7 +16,8 @@ import numpy as np
 
 from diffexp.runs.reading import Run
 from diffexp.study.archive import Folders, complete
-from diffexp.study.experiments import FIGURES, TUNING_SEEDS, Arm, Choice, Tuning, trial_name
+from diffexp.study.experiments import TUNING_SEEDS, Choice, trial_name
+from diffexp.study.paper import FIGURES, Arm, Tuning
 from diffexp.study.scales import Scale
 from diffexp.study.statistics import final_reward
 from diffexp.study.variants import TITLES, VARIANTS

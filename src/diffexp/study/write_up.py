@@ -12,8 +12,9 @@ from diffexp.study import tuning
 from diffexp.study.claims import CLAIMS, Verdict
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
-from diffexp.study.experiments import Figure, Tuning, jobs
+from diffexp.study.experiments import jobs
 from diffexp.study.findings import Measured, findings, rows, start, verdict
+from diffexp.study.paper import Figure, Tuning
 from diffexp.study.variants import TITLES
 
 SECTION = "study"
