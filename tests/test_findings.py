@@ -18,9 +18,10 @@ from diffexp.study.claims import Verdict
 from diffexp.study.experiments import jobs
 from diffexp.study.pace import Times
 from diffexp.study.paper import FIGURES, Bars, Curves, Tuning, chosen
-from diffexp.study.reproduce import Plan, Trainer, reproduce
+from diffexp.study.reproduce import Plan, reproduce
 from diffexp.study.scales import SCALES
 from diffexp.study.statistics import Estimate, Ratio
+from diffexp.study.trainer import Trainer
 
 EMOJI = SCALES["emoji"]
 

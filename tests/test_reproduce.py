@@ -22,13 +22,15 @@ from diffexp.rollout import Batch
 from diffexp.study import drawing as drawn_by
 from diffexp.study import pace
 from diffexp.study import reproduce as reproduction
+from diffexp.study import trainer as trainer_module
 from diffexp.study.archive import Folders
 from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import jobs, paintings
 from diffexp.study.pace import Spent, Times, Work
 from diffexp.study.paper import FIGURES, Bars, Grid, Panel, Strategies, arms
-from diffexp.study.reproduce import State, Trainer, painted, reproduce
+from diffexp.study.reproduce import reproduce
 from diffexp.study.scales import SCALES
+from diffexp.study.trainer import State, Trainer, painted
 from diffexp.training import train
 
 REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
@@ -332,8 +334,8 @@ def test_a_trial_times_both_parts(sd_folder: Path) -> None:
 
 
 def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduction, "POLL", 0.05)
-    monkeypatch.setattr(reproduction.sys, "executable", "/bin/false")
+    monkeypatch.setattr(trainer_module, "POLL", 0.05)
+    monkeypatch.setattr(trainer_module.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"run dolphin-ddpo-s0 failed.*\n.*failed.*\n0 of 2 runs finished; the same"):
         call("1", tmp_path, tiny(sd_folder))
 
@@ -342,8 +344,8 @@ def test_ctrl_c_lets_every_run_save(tmp_path: Path, sd_folder: Path, monkeypatch
     script = tmp_path / "train"
     script.write_text('#!/bin/sh\ntrap "echo saved; exit 130" TERM\ntouch "$6.started"\nwhile :; do sleep 0.05; done\n')
     script.chmod(0o755)
-    monkeypatch.setattr(reproduction, "POLL", 0.05)
-    monkeypatch.setattr(reproduction.sys, "executable", str(script))
+    monkeypatch.setattr(trainer_module, "POLL", 0.05)
+    monkeypatch.setattr(trainer_module.sys, "executable", str(script))
     collect = Trainer.collect
 
     def collected(trainer: Trainer) -> None:

@@ -1,0 +1,216 @@
+"""Trains the runs that a study needs, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from diffexp.config import Recipe
+from diffexp.durations import duration
+from diffexp.errors import UserError
+from diffexp.processes.interruption import Interrupted, Interruption
+from diffexp.runs import checkpoint
+from diffexp.runs.reading import objects
+from diffexp.runs.records import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS
+from diffexp.runs.runfolder import finished
+from diffexp.study import archive
+from diffexp.study.archive import Folders
+from diffexp.study.experiments import Job
+from diffexp.study.pace import ONE_THREAD, Spent, Times, Work
+from diffexp.toml import flat
+
+MACHINE = ("device", "model.precision", "rollout.batch", "update.batch", "update.checkpoint")
+"""What a machine may force on a run: where a store's run was trained otherwise, it is the same run to a study."""
+POLL = 0.5  # seconds between two looks at the running processes
+
+
+@dataclass(frozen=True)
+class State:
+    """A run that a figure needs, and how far it is."""
+
+    job: Job
+    folder: Path
+    iteration: int
+
+    @classmethod
+    def look(cls, job: Job, runs: Folders, images: bool = False) -> State:
+        """What the run's folder says, or a store's numbers, unless ``images`` of the run are wanted.
+
+        Raises:
+            UserError: if it holds the run of another recipe.
+        """
+        folder, numbers = runs.trained / job.name, runs.kept / job.name if runs.kept else None
+        if differs(folder, job):
+            raise UserError(
+                f"--out: {folder} holds a run of another recipe: choose another --out, or remove that folder"
+            )
+        if numbers and differs(numbers, job, MACHINE):
+            raise UserError(f"--store: it has a run {job.name} of another recipe: choose another --store")
+        if finished(folder, job.recipe) or (numbers and not images and archive.complete(numbers)):
+            return cls(job, folder, job.recipe.iterations)
+        newest = checkpoint.read_newest(folder / CHECKPOINTS)
+        done = 0 if newest is None else int(newest.numbers["iteration"])
+        return cls(job, folder, min(done, job.recipe.iterations - 1))
+
+    @property
+    def finished(self) -> bool:
+        return self.iteration >= self.job.recipe.iterations
+
+    @property
+    def work(self) -> Work:
+        """What is still to be done."""
+        share = 1 - min(1.0, self.iteration / self.job.recipe.iterations)
+        return Work(share * self.job.queries, share * self.job.evaluated)
+
+    @property
+    def left(self) -> int:
+        """Images that are still to be painted, for training and for evaluation."""
+        return round(sum(self.work))
+
+    def __str__(self) -> str:
+        if self.finished:
+            return "finished"
+        return f"at iteration {self.iteration}" if self.iteration else "to do"
+
+
+@dataclass
+class Running:
+    """A process that trains a run."""
+
+    state: State
+    process: subprocess.Popen[bytes]
+    started: float
+
+
+class Trainer:
+    """Trains the unfinished runs, ``workers`` at a time; ``one_thread`` for processes that share a CPU."""
+
+    def __init__(self, states: Sequence[State], times: Times, workers: int, one_thread: bool, console: Console) -> None:
+        self.waiting = [state for state in states if not state.finished]
+        self.running: list[Running] = []
+        self.times, self.workers, self.one_thread, self.console = times, workers, one_thread, console
+        self.failed: list[State] = []
+        self.count, self.done = len(self.waiting), 0
+        self.images = sum(state.left for state in self.waiting)
+        self.before = {state.job.name: painted(state.folder) for state in self.waiting}
+        self.folders = {state.job.name: state.folder for state in self.waiting}
+        self.begun = time.monotonic()
+
+    def run(self) -> None:
+        """Trains them all. Ctrl-C or SIGTERM lets every run finish its iteration and save.
+
+        Raises:
+            UserError: if runs failed, with each one's last words; the others are finished then.
+        """
+        columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with (
+            Interruption(self.say) as interruption,
+            Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as progress,
+        ):
+            task = progress.add_task("", total=max(1, self.images))
+            try:
+                while self.waiting or self.running:
+                    if interruption.requested:
+                        self.stop()
+                        raise Interrupted(f"stopped with {self.done} of {self.count} runs finished")
+                    while self.waiting and len(self.running) < self.workers:
+                        self.start(self.waiting.pop(0))
+                    time.sleep(POLL)
+                    self.collect()
+                    progress.update(task, completed=self.progress(), description=self.status())
+            finally:
+                for running in self.running:
+                    running.process.kill()
+        if self.failed:
+            words = "\n".join(f"run {state.job.name} failed: {last_words(log(state))}" for state in self.failed)
+            raise UserError(f"{words}\n{self.done} of {self.count} runs finished; the same command again goes on")
+
+    def start(self, state: State) -> None:
+        """Begins a run, or goes on with it."""
+        recipes = state.folder.parent / "recipes"
+        recipes.mkdir(parents=True, exist_ok=True)
+        recipe = recipes / f"{state.job.name}.toml"
+        recipe.write_text(state.job.recipe.to_toml(), encoding="utf-8")
+        command = [sys.executable, "-m", "diffexp", "train", str(recipe), "--out", str(state.folder)]
+        threads = ONE_THREAD if self.one_thread else {}
+        with log(state).open("ab") as output:
+            # A session of its own: Ctrl-C in the terminal is ours to hand on, once.
+            process = subprocess.Popen(  # noqa: S603
+                command, env={**os.environ, **threads}, stdout=output, stderr=output, start_new_session=True
+            )
+        self.running.append(Running(state, process, time.monotonic()))
+
+    def collect(self) -> None:
+        """Takes note of the processes that have ended."""
+        for running in [running for running in self.running if running.process.poll() is not None]:
+            self.running.remove(running)
+            seconds = time.monotonic() - running.started
+            if running.process.returncode:
+                self.failed.append(running.state)
+                self.say(f"{running.state.job.name}: failed, see {log(running.state)}")
+                continue
+            self.done += 1
+            self.times.add(running.state.job.recipe, running.state.work, spent(running.state, seconds))
+            self.say(f"{running.state.job.name}: {duration(seconds)}; {self.status()}")
+
+    def stop(self) -> None:
+        """Asks every process to finish its iteration and save, and waits for it."""
+        for running in self.running:
+            running.process.terminate()
+        for running in self.running:
+            running.process.wait()
+        self.running = []
+
+    def progress(self) -> int:
+        """Images painted since the beginning."""
+        return sum(max(0, painted(folder) - self.before[name]) for name, folder in self.folders.items())
+
+    def status(self) -> str:
+        """How many runs are finished, and when all will be."""
+        images = self.progress()
+        left = (time.monotonic() - self.begun) * max(0, self.images - images) / images if images else None
+        return f"{self.done} of {self.count} runs finished, ETA {duration(left)}"
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def differs(folder: Path, job: Job, free: Collection[str] = ()) -> bool:
+    """Whether a folder holds another run than the job's, whatever settings are ``free``."""
+    if not (folder / CONFIG).is_file():
+        return False
+    there, here = (flat(recipe.model_dump()) for recipe in (Recipe.load(folder / CONFIG), job.recipe))
+    return any(there.get(key) != here.get(key) for key in (there.keys() | here.keys()) - set(free))
+
+
+def spent(state: State, seconds: float) -> Spent:
+    """What the iterations that were left of a run took, by its records, and the rest of its ``seconds``."""
+    metrics = {entry["iteration"]: entry["seconds"] for entry in objects(state.folder / METRICS)}
+    training = sum(took for iteration, took in metrics.items() if iteration > state.iteration)
+    return Spent(training, max(0.0, seconds - training))
+
+
+def painted(folder: Path) -> int:
+    """Images that a run has painted so far, as its records say: training and evaluation."""
+    metrics, evaluations = objects(folder / METRICS), objects(folder / EVALUATIONS)
+    sets = {(entry["iteration"], entry["prompts"]): entry["n"] for entry in evaluations}
+    return int(metrics[-1]["queries"] if metrics else 0) + sum(sets.values())
+
+
+def log(state: State) -> Path:
+    """Where a run's output goes."""
+    return state.folder.parent / f"{state.folder.name}.log"
+
+
+def last_words(file: Path) -> str:
+    """The last line of a log."""
+    said = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return said[-1].removeprefix("error: ") if said else f"it said nothing in {file}"
