@@ -12,7 +12,7 @@ from test_rollout import explored
 from diffexp import assembly, models
 from diffexp.algorithms import DDPO
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
-from diffexp.algorithms.ddpo import clipped_policy_loss
+from diffexp.algorithms.ddpo import clipped_policy_loss, minibatches
 from diffexp.algorithms.timesteps import sensitivity, step_weights
 from diffexp.config import Recipe
 from diffexp.errors import UserError
@@ -20,6 +20,7 @@ from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
 from diffexp.memory import MicroBatch
 from diffexp.models import TextToImage, lora
+from diffexp.processes.parallel import Ranks
 from diffexp.rollout import Batch, Sampler
 
 
@@ -135,10 +136,28 @@ def test_memory_settings_change_no_update(double: Sampler, sizes: tuple[int, int
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-6)
 
 
-def test_minibatches_use_every_sample_once(sampler: Sampler) -> None:
-    parts = ddpo(sampler, minibatches=3).split(explored(sampler.model, 1.0), epoch=0)
-    assert sorted(row for rows in parts for row in rows) == [0, 1, 2, 3]
-    assert len(parts) == 3
+@pytest.mark.parametrize(("samples", "number"), [(4, 3), (64, 2), (64, 1), (10, 4), (3, 8)])
+def test_minibatches_use_every_sample_once(samples: int, number: int) -> None:
+    parts = minibatches(samples, number, torch.Generator().manual_seed(0))
+    assert sorted(sample for part in parts for sample in part) == list(range(samples))
+    assert len(parts) == min(samples, number)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(("samples", "number", "processes"), [(64, 2, 8), (64, 4, 2), (48, 4, 4), (24, 3, 8)])
+def test_no_process_waits_for_another_in_a_minibatch(samples: int, number: int, processes: int) -> None:
+    for part in minibatches(samples, number, torch.Generator().manual_seed(1)):
+        shares = [len(set(part) & set(Ranks(rank, processes).share(samples))) for rank in range(processes)]
+        assert shares == [samples // number // processes] * processes
+
+
+def test_minibatches_are_random() -> None:
+    """In two parts of 8 samples, 0 has any other beside it in about half of the draws, but never 4."""
+    draws = [minibatches(8, 2, torch.Generator().manual_seed(seed)) for seed in range(100)]
+    together = [sum(sample in next(part for part in draw if 0 in part) for draw in draws) for sample in range(8)]
+    assert together[0] == 100
+    assert together[4] == 0
+    assert all(30 <= together[sample] <= 70 for sample in (1, 2, 3, 5, 6, 7)), together
 
 
 def test_late_timesteps_are_left_out(sampler: Sampler) -> None:

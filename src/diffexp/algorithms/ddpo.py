@@ -37,6 +37,22 @@ def clipped_policy_loss(
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
+def minibatches(samples: int, number: int, shuffle: torch.Generator) -> list[list[int]]:
+    """The samples 0 to B − 1 in ``number`` random parts of B // ``number`` samples or one more, none of them empty.
+
+    Rank i mod P has sample i. Samples that lie B // ``number`` apart go to different parts: where P divides that, every
+    rank has as many samples in each part as the others, and none waits for them.
+    """
+    apart, rest = divmod(samples, number)
+    columns = [range(first, samples - rest, apart) for first in range(apart)]
+    parts: list[list[int]] = [[] for _ in range(number)]
+    for column in (*columns, range(samples - rest, samples)):
+        order = torch.randperm(number, generator=shuffle).tolist()
+        for part, sample in zip(order, column, strict=False):
+            parts[part].append(sample)
+    return [sorted(part) for part in parts if part]
+
+
 @dataclass
 class DDPO(Algorithm):
     """Samples a batch without gradients, scores it, and takes optimiser steps on the recorded transitions.
@@ -82,7 +98,9 @@ class DDPO(Algorithm):
         updates = [
             self.learner.update(samples, losses, part, names)
             for epoch in range(self.inner_epochs)
-            for part in self.split(batch, epoch)
+            for part in minibatches(
+                len(batch.prompts), self.minibatches, generator(*batch.keys[0], "minibatches", epoch)
+            )
         ]
         means = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
         metrics = reward_metrics(rewards, queries=len(batch.prompts))
@@ -95,12 +113,6 @@ class DDPO(Algorithm):
         raw = self.advantages(known, rewards[sound]) if self.advantages else batch_advantages(rewards[sound])
         advantages[sound] = raw.clamp(-self.advantage_clip, self.advantage_clip)
         return advantages
-
-    def split(self, batch: Batch, epoch: int) -> list[list[int]]:
-        """The samples in ``minibatches`` random parts."""
-        shuffle = generator(*batch.keys[0], "minibatches", epoch)
-        order = torch.randperm(len(batch.prompts), generator=shuffle)
-        return [sorted(part.tolist()) for part in order.tensor_split(self.minibatches) if len(part)]
 
     @cached_property
     def credit(self) -> tuple[float, ...]:
