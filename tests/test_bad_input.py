@@ -773,7 +773,7 @@ def test_an_environment_that_says_nonsense(
     ],
 )
 def test_a_process_that_is_killed_can_go_on(code: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, "-c", code))
+    monkeypatch.setattr(launch, "program", lambda: [sys.executable, "-c", code])
     with pytest.raises(UserError, match=says.replace("(", r"\(").replace(")", r"\)")):
         launch.launch(2, [])
 

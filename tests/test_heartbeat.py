@@ -57,7 +57,7 @@ except Lost as error:
 def run(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes that meet, do ``what``, and meet again, launched with a patience of three seconds."""
     (folder / "rank.py").write_text(RANK)
-    monkeypatch.setattr(launch, "PROGRAM", (sys.executable, str(folder / "rank.py")))
+    monkeypatch.setattr(launch, "program", lambda: [sys.executable, str(folder / "rank.py")])
     monkeypatch.setattr(launch, "GRACE", 0.5)
     monkeypatch.setenv(VARIABLE, "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -342,7 +342,9 @@ def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, mon
 
 def test_ctrl_c_lets_every_run_save(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "train"
-    script.write_text('#!/bin/sh\ntrap "echo saved; exit 130" TERM\ntouch "$6.started"\nwhile :; do sleep 0.05; done\n')
+    script.write_text(
+        '#!/bin/sh\ntrap "echo saved; exit 130" TERM\nfor last; do :; done\ntouch "$last.started"\nwhile :; do sleep 0.05; done\n'
+    )
     script.chmod(0o755)
     monkeypatch.setattr(trainer_module, "POLL", 0.05)
     monkeypatch.setattr(trainer_module.sys, "executable", str(script))

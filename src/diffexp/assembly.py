@@ -28,6 +28,9 @@ from diffexp.rollout import Sampler
 from diffexp.settings import AlignPropSettings, DDPOSettings, OwnAlgorithmSettings, ReFLSettings, RWRSettings
 from diffexp.sharing.lora_header import DIFFUSERS_FILE
 
+FP16_SCALE = 2.0**14
+"""What losses are multiplied by where the network is in fp16."""
+
 
 def model(recipe: Recipe, commit: str | None = None) -> TextToImage:
     """The frozen model, without an adapter; the hub's at a ``commit`` rather than at what its revision is now."""
@@ -97,7 +100,8 @@ def rollouts(recipe: Recipe) -> MicroBatch:
 def learner(recipe: Recipe, of: TextToImage, ranks: Ranks = ALONE) -> Learner:
     """AdamW on the model's trainable parameters."""
     batch = MicroBatch(recipe.update.batch, "update.batch")
-    return Learner(of.trainable(), **recipe.optimizer.model_dump(), ranks=ranks, batch=batch)
+    scale = FP16_SCALE if recipe.model.precision == "fp16" else 1.0
+    return Learner(of.trainable(), **recipe.optimizer.model_dump(), ranks=ranks, batch=batch, loss_scale=scale)
 
 
 class Parts(NamedTuple):
@@ -121,7 +125,8 @@ def one_shape(parts: Parts) -> Sampler:
     # filling up a call costs as much as samples do: no more rows than an update has
     updates = recipe.algorithm.minibatches if isinstance(recipe.algorithm, DDPOSettings) else 1
     most = -(-recipe.samples // (updates * learner.ranks.size))
-    return sampler if careless else replace(sampler, rows=lambda: min(learner.batch.size, most))
+    sizes = (learner.batch, parts.rollout_batch)
+    return sampler if careless else replace(sampler, rows=lambda: min(most, *(batch.size for batch in sizes)))
 
 
 def ddpo(settings: DDPOSettings, parts: Parts) -> Algorithm:

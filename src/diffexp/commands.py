@@ -30,7 +30,7 @@ from diffexp.report import FILE
 from diffexp.report import write as write_report
 from diffexp.rewards.base import score
 from diffexp.rewards.features import encoder_of, thumbnails
-from diffexp.rewards.spec import check_name
+from diffexp.rewards.spec import check_one
 from diffexp.rollout import Batch, Sampler
 from diffexp.runs import runfolder
 from diffexp.runs.environment import base_commit
@@ -152,8 +152,9 @@ def refuse_code(recipe: Recipe, folder: Path) -> None:
         value = waiting.pop()
         if isinstance(value, (dict, list)):
             waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and ".py:" in value:
-            for name in re.split(r"[+*]", value):
+        elif isinstance(value, str) and ":" in value:
+            # a reward may be a sum; the path of a strategy or an algorithm may have such signs in it
+            for name in (value, *re.split(r"[+*]", value)):
                 file = Path(name.rpartition(":")[0].strip())
                 if file.suffix == ".py" and file.resolve().is_relative_to(folder.resolve()):
                     raise UserError(f"{file}: code that came with the run is not run: put it elsewhere if you trust it")
@@ -171,7 +172,7 @@ def evaluate(
     for name in prompts or ():
         prompt_sets.check(name)
     for name in rewards or ():
-        check_name(name)
+        check_one(name)
     recipe, sampler = open_painter(target, overrides)
     wanted = {"images": images, "prompts": prompts or None, "rewards": rewards or None}
     settings = recipe.evaluation.model_dump() | {key: value for key, value in wanted.items() if value is not None}

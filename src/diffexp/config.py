@@ -153,9 +153,9 @@ class Recipe(Settings):
         for name in self.evaluation.prompts or ():
             yield from complaint("evaluation.prompts", prompt_sets.check, name)
         for name in self.evaluation.rewards or ():
-            yield from complaint("evaluation.rewards", rewards.check_name, name)
+            yield from complaint("evaluation.rewards", rewards.check_one, name)
         if self.evaluation.held_out is not None:
-            yield from complaint("evaluation.held_out", rewards.check_name, self.evaluation.held_out)
+            yield from complaint("evaluation.held_out", rewards.check_one, self.evaluation.held_out)
         elif self.evaluation.patience is not None:
             yield f"evaluation.patience = {self.evaluation.patience} needs a reward to look at: set evaluation.held_out"
 

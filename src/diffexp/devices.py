@@ -13,12 +13,15 @@ def device(name: str) -> torch.device:
     """The device called ``name``; "auto" is CUDA, else Apple's MPS, else the CPU.
 
     Raises:
-        UserError: if this machine has no such device.
+        UserError: if this machine has no such device, or not one for each of its processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if 1 < count <= local:
+            raise UserError(f"process {local + 1} of this machine finds {count} GPUs: start as many as there are GPUs")
+        name = f"cuda:{local % count}"  # a launcher may show each process its own GPU alone
     try:
         found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

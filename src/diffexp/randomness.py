@@ -14,7 +14,11 @@ from torch import Generator, Tensor
 
 
 def generator(*key: int | str) -> Generator:
-    """The CPU generator that belongs to a key. Equal keys give equal streams, on every machine."""
+    """The CPU generator that belongs to a key. Equal keys give equal streams, on every machine.
+
+    Torch's CPU generator takes 32 bits of a seed: of n keys, some two share a stream with a chance of n² / 2³³, 2 % for
+    13,000 samples. A repeated sample among so many changes no result.
+    """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     # Generator seeds are signed 64-bit integers
     return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

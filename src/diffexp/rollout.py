@@ -122,6 +122,11 @@ class Sampler:
     def steps(self) -> int:
         return len(self.schedule.timesteps)
 
+    @property
+    def random_steps(self) -> list[int]:
+        """The steps with σ_t > 0, which have a density. A schedule that ends at ᾱ = 1 ends with one that has none."""
+        return [i for i in range(self.steps) if self.schedule.std(i, self.eta) > 0]
+
     def transition(
         self, x_t: Float[Tensor, "B C H W"], i: int, text: TextEmbedding, w: float, learn: bool = True
     ) -> Transition:
@@ -241,7 +246,7 @@ class Sampler:
 
     @torch.no_grad()
     def divergence(self, batch: Batch, size: int) -> Float[Tensor, " B"]:
-        """KL(p_θ ‖ p_base) of the transitions on each sample's own path: the mean over steps, and C·H·W; in nats.
+        """KL(p_θ ‖ p_base) of the transitions on each sample's own path: the mean over random steps and C·H·W; in nats.
 
         Exact for each path, the two being normal distributions of the same deviation. It samples in pieces of ``size``
         with one more pass of the network a step, the untouched one's, so it costs as much as two rollouts.
@@ -249,13 +254,16 @@ class Sampler:
         Raises:
             ValueError: if the sampler is deterministic.
         """
+        if not self.random_steps:
+            raise ValueError("a deterministic sampler has no KL divergence: use eta > 0")
         pieces = []
         for chunk in map(self.refreshed, batch.chunks(size)):
             noise = chunk.generators("noise")
             x_t, total = randn(noise, self.latent, self.model.device), torch.zeros(())
             for i, w in enumerate(self.scales(batch.guidance)):
                 step = self.transition(x_t, i, chunk.text, w)
-                total = total + step.kl(self.base_transition(x_t, i, chunk.prompts, chunk.text, w))
+                if i in self.random_steps:
+                    total = total + step.kl(self.base_transition(x_t, i, chunk.prompts, chunk.text, w))
                 x_t = step.sample(randn(noise, self.latent, self.model.device))
-            pieces.append(total / self.steps)
+            pieces.append(total / len(self.random_steps))
         return torch.cat(pieces)

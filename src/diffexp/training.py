@@ -69,7 +69,7 @@ class Training:
         self.rollouts = assembly.rollouts(recipe)
         known, settings = {recipe.reward: self.reward}, recipe.evaluation
         self.evaluate = assembly.evaluator(recipe, self.sampler, known, self.ranks, self.rollouts)
-        if recipe.model.train == "lora" and recipe.sampler.eta > 0:
+        if recipe.model.train == "lora" and self.sampler.random_steps:
             self.evaluate = self.evaluate._replace(kl_images=KL_IMAGES)
         self.stopping = EarlyStopping(settings.held_out, settings.patience)
         assembly.make_trainable(recipe, self.model)
@@ -308,6 +308,7 @@ class Training:
             "reward": self.reward.state_dict() if isinstance(self.reward, Ensemble) else {},
             "stopping": self.stopping.state(),
             "batches": [batch.size for batch in self.batches],
+            "loss_scale": self.learner.loss_scale,
             "observed": self.observed,
             "records": self.keeper.records.sizes(),
             "made_with": self.made_with,
@@ -345,6 +346,7 @@ class Training:
             self.stopping.load_state(numbers["stopping"])
             for batch, size in zip(self.batches, numbers["batches"], strict=True):
                 batch.size = batch.told = size
+        self.learner.loss_scale = numbers.get("loss_scale", self.learner.loss_scale)
         self.iteration, self.queries = numbers["iteration"], numbers["queries"]
         self.observed = numbers.get("observed", True)
         if changed := changes(numbers.get("made_with", {}), self.made_with):

@@ -20,13 +20,20 @@ MASKED = 100
 
 
 def sensitivity(schedule: NoiseSchedule, i: int, eta: float) -> float:
-    """w_t of step i: how many σ_t the transition's mean moves by where the predicted noise moves by 1.
+    """w_t of step i: how many σ_t the transition's mean moves by where the network's output moves by 1.
+
+    The derivative of DDIM's mean √ᾱ_prev x̂_0 + √(1−ᾱ_prev−σ_t²) ε̂ by ε̂, by v or by x̂_0, whichever is predicted.
 
     Raises:
         ZeroDivisionError: if the step is deterministic.
     """
     a, a_prev, std = schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std(i, eta)
-    return (math.sqrt(a_prev * (1 - a) / a) - math.sqrt(max(1 - a_prev - std**2, 0.0))) / std
+    s, n, direction = math.sqrt(a), math.sqrt(1 - a), math.sqrt(max(1 - a_prev - std**2, 0.0))
+    if schedule.prediction_type == "epsilon":
+        return abs(math.sqrt(a_prev) * n / s - direction) / std
+    if schedule.prediction_type == "v_prediction":
+        return abs(math.sqrt(a_prev) * n - direction * s) / std
+    return abs(math.sqrt(a_prev) - direction * s / n) / std
 
 
 def step_weights(scheme: Scheme, schedule: NoiseSchedule, eta: float) -> tuple[float, ...]:
@@ -43,7 +50,7 @@ def step_weights(scheme: Scheme, schedule: NoiseSchedule, eta: float) -> tuple[f
         if std == 0 or (scheme != "none" and t <= MASKED):
             raw.append(0.0)
         else:
-            raw.append({"sigma": std, "uniform": 1 / sensitivity(schedule, i, eta)}.get(scheme, 1.0))
+            raw.append(std if scheme == "sigma" else 1 / sensitivity(schedule, i, eta) if scheme == "uniform" else 1.0)
     learned = [weight for weight in raw if weight]
     mean = sum(learned) / len(learned) if learned else 1.0
     return tuple(weight / mean for weight in raw)

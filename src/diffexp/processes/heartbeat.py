@@ -107,7 +107,7 @@ class Heartbeat:
         teller.start()
         teller.join(self.patience)
 
-    def reason(self, otherwise: str = "another process of the run is gone") -> str:
+    def reason(self, otherwise: str) -> str:
         """Why another process does not answer, as far as is known a moment later."""
         for _ in range(3):
             if self.verdict or self.over.wait(BEAT):

@@ -17,12 +17,19 @@ from typing import IO
 from diffexp.errors import GOES_ON, Lost, UserError
 from diffexp.processes.patience import patience, silent
 
-PROGRAM = (sys.executable, "-m", "diffexp")
 INTERRUPTED = 130  # the exit code of a run that was asked to stop
 NOTICE = 10.0  # seconds, besides the patience, for the others to notice that one failed, to save, and to end
 TICK = 0.1  # seconds between two looks at the processes
 GRACE = 5.0  # seconds between asking the remaining processes to end and ending them
 ERROR = "error: "  # what the line of a user's error begins with; this process prints one for all
+
+
+def program(module: str = "diffexp") -> list[str]:
+    """Python at a module of ours. Not with the working folder among its imports: that may be a run from a stranger."""
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    alone = f"import runpy, sys; sys.path.remove(''); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", alone]
 
 
 class Rank:
@@ -37,7 +44,7 @@ class Rank:
             **{key: str(value) for key, value in place.items()},
         }
         self.process = subprocess.Popen(  # noqa: S603
-            [*PROGRAM, *arguments], env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+            [*program(), *arguments], env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
         )
         self.last_words, self.stood = "", 0.0  # seconds for which it has been stopped, while others were not
         self.listener = Thread(target=self.listen, args=(self.process.stderr,), daemon=True)

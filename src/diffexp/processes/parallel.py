@@ -55,6 +55,7 @@ class Ranks:
         """The rows of all ranks, one rank after the other."""
         if self.size == 1:
             return own
+        own = own.to(self.device)
         counts = torch.zeros(self.size, dtype=torch.float64, device=self.device)
         counts[self.rank] = len(own)
         self.sum([counts])
@@ -105,7 +106,8 @@ class Ranks:
         try:
             message()
         except RuntimeError as error:
-            raise Lost(self.heartbeat.reason() if self.heartbeat else "another process of the run is gone") from error
+            gone = f"another process of the run is gone, or can't be reached: {first_line(error)}"
+            raise Lost(self.heartbeat.reason(gone) if self.heartbeat else gone) from error
 
     @contextmanager
     def together(self, rescue: Callable[[], None]) -> Iterator[None]:
@@ -151,7 +153,7 @@ def join(device: torch.device) -> Ranks:
     """This process's place, as ``--processes``, torchrun or accelerate tell it in the environment; else alone.
 
     Raises:
-        UserError: if what they should have put there is no number.
+        UserError: if what they should have put there is no number, or the device is one that they can't share.
         Lost: if the others are there, but cannot be talked to.
     """
     for name in ("RANK", "WORLD_SIZE"):
@@ -159,6 +161,8 @@ def join(device: torch.device) -> Ranks:
             raise UserError(f"{name} = {cut(repr(text))} is no number: unset it, or let torchrun set it")
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device = '{device}': only one process can use it; start one, or set device = 'cpu'")
     seconds = patience()
     if dist.is_initialized():
         rank, size, store = dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()

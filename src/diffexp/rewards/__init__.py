@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from diffexp.rewards.address import is_remote
 from diffexp.rewards.sources import Requirement, check
-from diffexp.rewards.spec import SHIPPED, available, check_name, is_differentiable, parse
+from diffexp.rewards.spec import SHIPPED, available, check_name, check_one, is_differentiable, parse
 
 if TYPE_CHECKING:
     import torch
 
     from diffexp.rewards.base import Reward
 
-__all__ = ["Requirement", "available", "check", "check_name", "is_differentiable", "load"]
+__all__ = ["Requirement", "available", "check", "check_name", "check_one", "is_differentiable", "load"]
 
 
 def load(spec: str, device: torch.device | str = "cpu") -> Reward:

@@ -49,7 +49,8 @@ def score_or_nan(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tens
         raise UserError(f"reward {reward.name!r}: {len(images)} images came with {len(prompts)} prompts")
     sound = images.detach().flatten(1).isfinite().all(1)
     if not sound.all():
-        scores = torch.full((len(images),), torch.nan, device=images.device)
+        # with the images' graph, so that a loss of nothing but these goes backwards as any other
+        scores = images.float().flatten(1).mean(1) * torch.nan
         rows = sound.nonzero().flatten()
         if len(rows):
             scores[rows] = score_or_nan(reward, images[rows], [prompts[row] for row in rows.tolist()])

@@ -132,8 +132,10 @@ class Ensemble:
         self._observing = True
         try:
             yield
-            if self.observed:
-                self.observe(everyones(torch.cat(self.observed)))
+            # a process that has none left asks the others all the same: they wait for it
+            scores = everyones(torch.cat([torch.zeros(0, len(self.rewards)), *(one.cpu() for one in self.observed)]))
+            if len(scores):
+                self.observe(scores)
         finally:
             self._observing = False
             self.observed.clear()

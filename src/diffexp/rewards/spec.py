@@ -95,6 +95,19 @@ def check_name(spec: str) -> None:
             raise unknown("reward", member.name, SHIPPED, remedy)
 
 
+def check_one(name: str) -> None:
+    """Check the name of a single reward: a sum is made of z-scores, which only training has the statistics for.
+
+    Raises:
+        UserError: for a sum, a weight, or what ``check_name`` refuses.
+    """
+    members = parse(name)
+    if len(members) > 1 or members[0].weight != 1:
+        single = " and ".join(repr(member.name) for member in members)
+        raise UserError(f"{name!r} is a sum or has a weight, as only the training reward may: take {single} by itself")
+    check_name(name)
+
+
 def is_differentiable(spec: str) -> bool | None:
     """Whether the reward has a gradient; None where only loading can tell (a custom function)."""
     answers = [_is_differentiable(name) for name, _ in parse(spec)]

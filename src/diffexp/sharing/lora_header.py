@@ -203,6 +203,12 @@ def without_code(data: Mapping[str, Any], instead: str | None = None) -> tuple[d
         if foreign:
             what = "left out of evaluation.rewards, as they are not diffexp's own"
             notes["evaluation.rewards"] = f"{what}: {', '.join(foreign)}"
+    if evaluation.get("held_out") is not None and not is_shipped(evaluation["held_out"]):
+        foreign = evaluation.pop("held_out")
+        evaluation.pop("patience", None)  # of that reward
+        kept["evaluation"] = evaluation
+        what = "is not one of diffexp's own and was left out"
+        notes["evaluation.held_out"] = f"the header's evaluation.held_out {foreign!r} {what}"
     for table, key in (("algorithm", "name"), ("exploration", "strategy")):
         inside = dict(section(kept, table))
         if ":" in str(inside.get(key)):

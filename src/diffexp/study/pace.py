@@ -20,6 +20,7 @@ from diffexp.emoji import MODELS
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.models.hub import cached
+from diffexp.processes.launch import program
 from diffexp.rewards.base import score
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Batch
@@ -133,7 +134,7 @@ def trials(recipe: Recipe, workers: int) -> list[Spent]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.toml"
         file.write_text(recipe.to_toml(), encoding="utf-8")
-        command = [sys.executable, "-m", "diffexp.study.pace", str(file)]
+        command = [*program("diffexp.study.pace"), str(file)]
         # all is here: nobody waits for the hub, or for a newer commit of the model
         environment = {**os.environ, **ONE_THREAD, "HF_HUB_OFFLINE": "1"}
         started = [

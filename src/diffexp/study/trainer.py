@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from diffexp.config import Recipe
 from diffexp.durations import duration
 from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted, Interruption
+from diffexp.processes.launch import program
 from diffexp.runs import checkpoint
 from diffexp.runs.reading import objects
 from diffexp.runs.records import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS
@@ -139,7 +139,7 @@ class Trainer:
         recipes.mkdir(parents=True, exist_ok=True)
         recipe = recipes / f"{state.job.name}.toml"
         recipe.write_text(state.job.recipe.to_toml(), encoding="utf-8")
-        command = [sys.executable, "-m", "diffexp", "train", str(recipe), "--out", str(state.folder)]
+        command = [*program(), "train", str(recipe), "--out", str(state.folder)]
         threads = ONE_THREAD if self.one_thread else {}
         with log(state).open("ab") as output:
             # A session of its own: Ctrl-C in the terminal is ours to hand on, once.
