@@ -167,6 +167,27 @@ def test_a_hundred_faults_poison_nothing(
             torch.testing.assert_close(learned[key], tensor, rtol=0, atol=1e-9)
 
 
+@only_sd
+@pytest.mark.parametrize("kind", [AlignProp, ReFL])
+@pytest.mark.parametrize("stage", ["image", "latent"])
+def test_pieces_of_nothing_but_bad_images(
+    kind: type, stage: str, double: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample at a time, so that a bad one has a backward pass of its own; then no good one at all."""
+    model = double.model
+    double = replace(double, schedule=model.schedule(2))
+    everyone = Batch(PROMPTS, model.encode(PROMPTS), ConstantGuidance(3.0), [(0, 1, k) for k in range(8)])
+    saboteur = Saboteur(double, everyone, monkeypatch)
+    saboteur.plan, saboteur.algorithm = {PROMPTS[3]: (stage, math.nan)}, algorithm(kind, double, saboteur.reward)
+    saboteur.algorithm.learner.batch = MicroBatch(1)
+    assert {PROMPTS[k]: fault.stage for k, fault in saboteur.algorithm.step(everyone).dropped.items()} == {
+        PROMPTS[3]: stage
+    }
+    saboteur.plan = dict.fromkeys(PROMPTS, (stage, math.nan))
+    with pytest.raises(UserError, match=f"8 of 8 samples went bad.* stage with a bad number is the {stage}"):
+        saboteur.algorithm.step(everyone)
+
+
 def test_a_reward_is_never_shown_an_image_with_a_bad_number() -> None:
     shown: list[list[str]] = []
 

@@ -133,6 +133,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ('algorithm.name = "alignprop"\nalgorithm.clip = 1', "unknown key 'algorithm.clip'"),
         ('evaluation.prompts = ["animls"]', "did you mean 'animals'"),
         ('evaluation.rewards = ["picscore"]', "did you mean 'pickscore'"),
+        ('evaluation.rewards = ["hpsv2+aesthetic"]', "take 'hpsv2' and 'aesthetic' by itself"),
+        ('evaluation.held_out = "2*hpsv2"', "'2*hpsv2' is a sum or has a weight, as only the training reward may"),
         ('iterations = "many"', "iterations"),
         ("[[seed", "no valid TOML"),
         ("model = 3", "model"),

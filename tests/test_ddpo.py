@@ -15,6 +15,7 @@ from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
 from diffexp.algorithms.ddpo import clipped_policy_loss, minibatches
 from diffexp.algorithms.timesteps import sensitivity, step_weights
 from diffexp.config import Recipe
+from diffexp.diffusion import NoiseSchedule, ddim
 from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
@@ -202,6 +203,24 @@ def test_step_weights_by_independent_numbers() -> None:
     # the page of this measure: one step holds 73 % of the squared scores at 20 steps
     squares = [sensitivity(schedule, i, 1.0) ** 2 for i in range(20)]
     assert squares[place[51]] / sum(squares) == pytest.approx(0.73, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_sensitivity_is_the_derivative_of_the_mean(kind: str) -> None:
+    schedule = models.load("emoji").schedule(20)._replace(prediction_type=kind)
+    x, output = torch.zeros(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
+    for i in (0, 9, 18):
+        moved = ddim(schedule, i, x, output + 1, 1.0).mean - ddim(schedule, i, x, output, 1.0).mean
+        assert sensitivity(schedule, i, 1.0) == pytest.approx(abs(moved.item()) / schedule.std(i, 1.0))
+
+
+@pytest.mark.parametrize("scheme", ["none", "masked", "sigma", "uniform"])
+def test_weights_of_a_schedule_that_begins_without_signal(scheme: str) -> None:
+    """ᾱ = 0 at the first step: zero terminal SNR, with v-prediction."""
+    schedule = NoiseSchedule((999, 500, 1), (0.0, 0.3, 0.99), (0.3, 0.99, 0.999), "v_prediction")
+    weights = step_weights(scheme, schedule, 1.0)
+    assert all(math.isfinite(weight) for weight in weights)
+    assert weights[0] > 0
 
 
 @pytest.mark.parametrize("model", ["sd"], indirect=True)

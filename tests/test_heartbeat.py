@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from diffexp.errors import UserError
+from diffexp.devices import device
+from diffexp.errors import Lost, UserError
 from diffexp.processes import launch
 from diffexp.processes.heartbeat import Heartbeat
+from diffexp.processes.parallel import Ranks, join
 from diffexp.processes.patience import VARIABLE, patience
 
 RANK = """
@@ -146,3 +150,28 @@ def test_who_broke_is_blamed_before_who_lost_it() -> None:
     assert launch.blamed([75, None, -9]) == 2
     assert launch.blamed([75, None]) == 0
     assert launch.blamed([0, 0]) is None
+
+
+def test_the_working_folder_is_not_imported_from(tmp_path: Path) -> None:
+    """It may be a run that came from a stranger: ``cd run; diffexp resume . --processes 2``."""
+    (tmp_path / "typer.py").write_text("raise SystemExit('typer.py of the folder')")
+    (tmp_path / "diffexp.py").write_text("raise SystemExit('diffexp.py of the folder')")
+    said = subprocess.run([*launch.program(), "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stderr) == (0, "")
+
+
+def test_an_error_between_processes_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def message() -> None:
+        raise RuntimeError("Duplicate GPU detected : rank 1 and rank 0\nand a trace")
+
+    with pytest.raises(Lost, match=r"can't be reached: Duplicate GPU detected : rank 1 and rank 0$"):
+        Ranks(1, 2).send(message)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 3 of this machine finds 2 GPUs"):
+        device("auto")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device = 'mps': only one process"):
+        join(torch.device("mps"))

@@ -226,10 +226,17 @@ def test_headers(name: str, run: Path, diffexp: Command) -> None:
     assert snapshot(run.parent) == before
 
 
-def test_a_run_that_brings_code(run: Path, canary: Path, diffexp: Command) -> None:
-    (run / "evil.py").write_text(code(canary) + "def f(images, prompts): return [0.0] * len(prompts)")
+SETTINGS = [("reward", "{}/evil.py:f"), ("reward", "{}/evil.py :f"), ("reward", "2 * {}/evil.py : f + clipscore")]
+SETTINGS += [("exploration.strategy", "{}/a+b*c/evil.py: f")]
+
+
+@pytest.mark.parametrize(("key", "name"), SETTINGS)
+def test_a_run_that_brings_code(key: str, name: str, run: Path, canary: Path, diffexp: Command) -> None:
+    for file in (run / "evil.py", run / "a+b*c" / "evil.py"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code(canary) + "def f(images, prompts): return [0.0] * len(prompts)")
     config = run / "config.toml"
-    config.write_text(config.read_text().replace('reward = "jpeg-compressibility"', f'reward = "{run}/evil.py:f"'))
+    config.write_text(Recipe.load(config, {key: name.format(run)}).to_toml())
     (run / "lora" / "README.md").unlink()  # the run is not finished, then
     for command in ("evaluate", "resume"):
         refused(diffexp(command, str(run)), "evil.py", "came with the run")

@@ -113,3 +113,31 @@ def test_sums_that_overflow_though_no_sample_does_are_the_users_matter() -> None
     with pytest.raises(UserError, match="though every sample's own is"):
         one.update(one.samples(["a", "b"]), each(lambda row: 3e19 * p[row]))
     assert torch.equal(p.detach(), torch.zeros(2))
+
+
+@pytest.mark.parametrize(("weight", "scale"), [(2.0**-30, 2.0**14), (2.0**10, 2.0**2)])
+def test_a_gradient_travels_scaled_through_fp16(weight: float, scale: float) -> None:
+    """One too small for fp16 is lost without; one that overflows with it lowers the scale."""
+    p = nn.Parameter(torch.tensor([1.0, 3.0]))
+
+    def loss(row: int) -> Tensor:
+        return (p.half() * 2).float().sum() * weight
+
+    norms = {}
+    for start in (1.0, 2.0**14):
+        one = learner(p, loss_scale=start, learning_rate=0.0)
+        norms[start] = step(one, loss)
+    assert one.loss_scale == scale
+    assert norms[2.0**14] == pytest.approx(2 * weight * 2**0.5, rel=1e-3)
+    assert norms[1.0] == (0.0 if weight < 1 else norms[2.0**14])
+
+
+def test_scaling_changes_no_gradient_of_float32() -> None:
+    data, seen = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), []
+    for scale in (1.0, 2.0**14):
+        p = nn.Parameter(torch.tensor([0.3, -1.7, 2.2]))
+        one = learner(p, loss_scale=scale)
+        caught = caught_gradient(one)
+        step(one, lambda row, p=p: (p * data[row]).sin().sum(), samples=8)
+        seen.append(caught["p"])
+    assert torch.equal(*seen)

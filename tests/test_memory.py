@@ -11,6 +11,7 @@ import torch
 from test_training import contents, recipe
 from torch import nn
 
+from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.learner import Learner, Share
 from diffexp.memory import MicroBatch, agree
@@ -85,6 +86,25 @@ class Warned(Reporter):
 
     def warned(self, message: str) -> None:
         self.warnings.append(message)
+
+
+def test_a_run_that_rounds_may_lack_memory_as_well(
+    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There rollout and update call the network with one number of samples, filled up: both settings lower it."""
+    settings = recipe(sd_folder, **{"iterations": 1, "samples": 4, "rollout.batch": 4, "update.batch": 4})
+    changes = {"model.precision": "bf16", "algorithm.minibatches": 1}
+    training = Training(Recipe.parse(settings.model_dump(), "", changes), tmp_path)
+    network = training.model.network
+
+    def limited(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(x) > 4:  # both halves of the guidance
+            raise NO_MEMORY[0]
+        return network(x, *rest)
+
+    monkeypatch.setattr(training.model, "network", limited)
+    training.run()
+    assert training.capture().numbers["batches"][0] == 2
 
 
 def test_a_run_that_lacked_memory_is_the_run_of_smaller_batches(

@@ -335,19 +335,18 @@ def test_a_trial_times_both_parts(sd_folder: Path) -> None:
 
 def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "POLL", 0.05)
-    monkeypatch.setattr(trainer_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(trainer_module, "program", lambda: ["/bin/false"])
     with pytest.raises(UserError, match=r"run dolphin-ddpo-s0 failed.*\n.*failed.*\n0 of 2 runs finished; the same"):
         call("1", tmp_path, tiny(sd_folder))
 
 
 def test_ctrl_c_lets_every_run_save(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "train"
-    script.write_text(
-        '#!/bin/sh\ntrap "echo saved; exit 130" TERM\nfor last; do :; done\ntouch "$last.started"\nwhile :; do sleep 0.05; done\n'
-    )
+    lines = ["#!/bin/sh", 'trap "echo saved; exit 130" TERM', "for last; do :; done", 'touch "$last.started"']
+    script.write_text("\n".join([*lines, "while :; do sleep 0.05; done", ""]))
     script.chmod(0o755)
     monkeypatch.setattr(trainer_module, "POLL", 0.05)
-    monkeypatch.setattr(trainer_module.sys, "executable", str(script))
+    monkeypatch.setattr(trainer_module, "program", lambda: [str(script)])
     collect = Trainer.collect
 
     def collected(trainer: Trainer) -> None:

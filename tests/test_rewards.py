@@ -251,6 +251,14 @@ def test_calibration_starts_the_statistics_once(ensemble, images):
     assert torch.allclose(ensemble(images[:1], PROMPTS[:1]), ensemble(images, PROMPTS)[:1], atol=1e-5)
 
 
+def test_a_process_without_samples_asks_the_others_all_the_same(ensemble):
+    """They wait for it, and its statistics move as theirs do."""
+    with ensemble.observing(lambda own: torch.cat([own, torch.tensor([[1.0, 2.0], [3.0, 4.0]])])):
+        pass
+    assert ensemble.statistics["bright"].mean == 2
+    assert ensemble.statistics["red"].count == 2
+
+
 def test_a_block_that_fails_moves_nothing(ensemble, images):
     before = ensemble.state_dict()
     with pytest.raises(KeyError), ensemble.observing():

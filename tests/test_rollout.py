@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -111,3 +113,20 @@ def test_divergence_is_the_kl_of_every_step_to_the_untouched_model(sampler: Samp
     found = sampler.divergence(on, size=3)
     assert (found > 0).all()
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("model", ["sd"], indirect=True)
+def test_divergence_leaves_out_a_step_without_noise(sampler: Sampler) -> None:
+    """As where a scheduler has set_alpha_to_one: its last step ends at ᾱ = 1."""
+    schedule = sampler.schedule._replace(alpha_bar_prev=(*sampler.schedule.alpha_bar_prev[:-1], 1.0))
+    certain = replace(sampler, schedule=schedule)
+    assert certain.random_steps == [0, 1, 2]
+    on = batch(sampler.model)
+    path, expected = certain.rollout(on, 4), torch.zeros(4)
+    for i, w in list(enumerate(path.scales))[:3]:
+        step = certain.transition(path.latents[i], i, path.text, w)
+        with sampler.model.base():
+            expected += step.kl(certain.transition(path.latents[i], i, path.text, w)) / 3
+    torch.testing.assert_close(certain.divergence(on, size=4), expected.detach(), rtol=1e-4, atol=1e-9)
+    with pytest.raises(ValueError, match="use eta > 0"):
+        replace(certain, eta=0.0).divergence(on, size=4)

@@ -150,6 +150,11 @@ def test_a_reward_of_ones_own_is_code_and_is_left_out(tmp_path: Path) -> None:
     assert chosen.evaluation.rewards == ("jpeg-compressibility", "clipscore")
     assert len(notes) == 2
     assert "http://evil.example" in notes[1]
+    for foreign in ("http://evil.example:80", "evil.py:steal", 3):
+        held = {"reward": "clipscore", "evaluation": {"held_out": foreign, "patience": 2}}
+        chosen, notes = like(lora_file(tmp_path, held), {})
+        assert (chosen.evaluation.held_out, chosen.evaluation.patience) == (None, None)
+        assert notes == [f"the header's evaluation.held_out {foreign!r} is not one of diffexp's own and was left out"]
     for foreign in ("2*hpsv2+evil:steal", "os:system", "no-such-reward", 3):
         with pytest.raises(UserError, match="was left out"):
             like(lora_file(tmp_path, {"reward": foreign}), {})

@@ -37,8 +37,8 @@ class Learner:
 
     Each of the ``ranks`` adds its samples' share of the gradient; all of them take the same step. ``batch`` bounds how
     many samples go through one backward pass. ``max_dropped`` is the share of samples that may go bad. Losses are
-    multiplied by ``loss_scale``, a power of two, on their way back, and the gradient is divided by it: through a network
-    in fp16 small ones arrive (Micikevicius et al., ICLR 2018). Where that overflows, the scale is lowered.
+    multiplied by ``loss_scale``, a power of two, on their way back, and gradients divided by it, so that small ones get
+    through a network in fp16 (Micikevicius et al., ICLR 2018). Where that overflows, the scale is lowered.
     """
 
     def __init__(
