@@ -21,7 +21,8 @@ from diffexp.errors import UserError
 from diffexp.exploration import ConstantGuidance
 from diffexp.learner import Learner
 from diffexp.memory import MicroBatch
-from diffexp.rewards.base import score, score_or_nan
+from diffexp.rewards.base import Scoring, score, score_or_nan
+from diffexp.rewards.custom import CustomReward
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch, Sampler
 from diffexp.runs import checkpoint
@@ -178,7 +179,8 @@ def test_pieces_of_nothing_but_bad_images(
     double = replace(double, schedule=model.schedule(2))
     everyone = Batch(PROMPTS, model.encode(PROMPTS), ConstantGuidance(3.0), [(0, 1, k) for k in range(8)])
     saboteur = Saboteur(double, everyone, monkeypatch)
-    saboteur.plan, saboteur.algorithm = {PROMPTS[3]: (stage, math.nan)}, algorithm(kind, double, saboteur.reward)
+    reward = Scoring(CustomReward("brightness", brightness))
+    saboteur.plan, saboteur.algorithm = {PROMPTS[3]: (stage, math.nan)}, algorithm(kind, double, reward)
     saboteur.algorithm.learner.batch = MicroBatch(1)
     assert {PROMPTS[k]: fault.stage for k, fault in saboteur.algorithm.step(everyone).dropped.items()} == {
         PROMPTS[3]: stage
