@@ -190,3 +190,39 @@ def test_a_recipe_stands_on_its_base(tmp_path: Path) -> None:
 )
 def test_a_base_that_is_none(base: str, message: str, tmp_path: Path) -> None:
     assert message in complaint(tmp_path, f"base = {base}")
+
+
+@pytest.mark.parametrize("way", ["override", "base"])
+def test_another_algorithm_takes_nothing_of_the_first_one(way: str, tmp_path: Path) -> None:
+    """Neither K = 5 of AlignProp, which DDPO does not know, nor 5 for ReFL's own default; but the rest."""
+    for name in ("ddpo", "rwr", "refl"):
+        if way == "base":
+            file = tmp_path / f"{name}.toml"
+            file.write_text(f'base = "demo"\nalgorithm.name = "{name}"')
+            changed = Recipe.load(file)
+        else:
+            changed = Recipe.load("demo", {"algorithm.name": name})
+        assert changed.algorithm == type(changed.algorithm)()
+        assert changed.prompts == Recipe.load("demo").prompts
+    kept = Recipe.load("demo", {"algorithm.name": "alignprop", "algorithm.copies": 1})
+    assert kept.algorithm == Recipe.load("demo").algorithm
+    assert Recipe.parse({"algorithm": {"clip": 0.5}}, "", {"algorithm.name": "ddpo"}).algorithm.clip == 0.5
+    assert Recipe.parse({"algorithm": {"clip": 0.5}}, "", {"seed": 1}).algorithm.clip == 0.5
+
+
+def test_the_threshold_is_given_one_way_or_the_other() -> None:
+    known = Recipe.load("demo-diffexp").exploration.guidance
+    other = "threshold" if known.threshold is None else "fraction"
+    value = {"threshold": 800, "fraction": 0.2}[other]
+    guidance = Recipe.load("demo-diffexp", {f"exploration.guidance.{other}": value}).exploration.guidance
+    assert getattr(guidance, other) == value
+    assert (guidance.threshold is None) != (guidance.fraction is None)
+    assert guidance.low == known.low
+    both = {"exploration.guidance.threshold": 800, "exploration.guidance.fraction": 0.2}
+    with pytest.raises(UserError, match="leave one out"):
+        Recipe.load("demo-diffexp", both)
+
+
+def test_a_list_whose_quotes_the_shell_took() -> None:
+    with pytest.raises(UserError, match=r"""write a list: '\["pickscore", "imagereward"\]', in single quotes"""):
+        Recipe.load("demo", {"evaluation.rewards": "[pickscore,imagereward]"})

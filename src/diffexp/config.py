@@ -33,7 +33,7 @@ from diffexp.settings import (
     Settings,
     UpdateSettings,
 )
-from diffexp.toml import assign, check_depth, read_toml, toml_lines
+from diffexp.toml import assign, check_depth, inherited, read_toml, toml_lines
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -188,7 +188,10 @@ class Recipe(Settings):
             check_depth([data, dict(overrides or {})])
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
-        merged = copy.deepcopy(dict(data))
+        changes: dict[str, Any] = {}
+        for key, value in (overrides or {}).items():
+            assign(changes, key, value)
+        merged = copy.deepcopy(inherited(data, changes))
         for key, value in (overrides or {}).items():
             assign(merged, key, value)
         try:

@@ -67,12 +67,19 @@ def explain(schema: type[BaseModel], item: Mapping[str, Any]) -> list[str]:
     return [f"{key} = {cut(json.dumps(item['input'], default=str))}: {advice(kind, key, item)}"]
 
 
+def listed(text: str) -> str:
+    """A text as a list. Of ["a", "b"] a shell leaves [a, b]: then as it was meant, and quoted for a shell."""
+    if text.startswith("[") and text.endswith("]"):
+        return f"'{json.dumps([part.strip() for part in text[1:-1].split(',')])}', in single quotes in a shell"
+    return json.dumps([text])
+
+
 def advice(kind: str, key: str, item: Mapping[str, Any]) -> str:
     """What is wrong with a value, or how TOML writes the list or table that should stand there."""
     if kind == "missing":
         return "too few values"
     if kind == "tuple_type":
-        return "write a list" + (f": {cut(json.dumps([item['input']]))}" if isinstance(item["input"], str) else "")
+        return "write a list" + (f": {cut(listed(item['input']))}" if isinstance(item["input"], str) else "")
     if kind in ("model_type", "model_attributes_type"):
         return f"write a table: [{key}]"
     return item["msg"][0].lower() + item["msg"][1:]

@@ -77,7 +77,7 @@ def _with_base(name: str, above: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"{name}: base = {cut(str(base))}: give the name of a recipe, or a TOML file")
     if base not in shipped() and name not in shipped():
         base = _beside(name, base)
-    return merged(_with_base(base, (*above, name)), data)
+    return merged(inherited(_with_base(base, (*above, name)), data), data)
 
 
 def _key(name: str) -> str:
@@ -155,6 +155,29 @@ def check_depth(data: Any) -> None:
 
 def _items(table: Any) -> Iterable[Any]:
     return table.values() if isinstance(table, Mapping) else table if isinstance(table, list) else ()
+
+
+def inherited(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """What tables that say ``above`` take from those below: nothing that only makes sense with what is replaced.
+
+    Settings of another algorithm, and the other way to say how long the guidance stays low.
+    """
+    kept = dict(below)
+    old, new = table(below, "algorithm"), table(above, "algorithm")
+    if "name" in new and new["name"] != old.get("name", "ddpo"):
+        kept["algorithm"] = {}
+    given = table(table(above, "exploration"), "guidance").keys() & {"threshold", "fraction"}
+    exploration = table(below, "exploration")
+    if given and isinstance(guidance := exploration.get("guidance"), Mapping):
+        left = {key: value for key, value in guidance.items() if key not in ("threshold", "fraction")}
+        kept["exploration"] = {**exploration, "guidance": left}
+    return kept
+
+
+def table(tables: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A table in another; empty where there is none."""
+    inside = tables.get(key)
+    return inside if isinstance(inside, Mapping) else {}
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
