@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -66,9 +66,10 @@ def claims(measured: Mapping[str, list[Measured]], cut_short: Collection[str]) -
     table = ["| figure | the paper | here |", "| --- | --- | --- |"]
     for name, claim in CLAIMS.items():
         found = findings(name, measured.get(name, []))
-        passed = sum(finding.verdict is Verdict.REPRODUCED for finding in found)
-        so_far = ", so far" if name in cut_short else ""
-        detail = f" ({passed} of {len(found)} tests{so_far})" if found else ""
+        counts = Counter(finding.verdict for finding in found)
+        unknown, so_far = counts[Verdict.UNKNOWN], ", so far" if name in cut_short else ""
+        aside = f", {unknown} not determined" if unknown else ""
+        detail = f" ({counts[Verdict.REPRODUCED]} of {len(found) - unknown} tests{aside}{so_far})" if found else ""
         table.append(f"| {name} | {claim.says} | **{verdict(found).value}**{detail} |")
     return "\n".join(table)
 
