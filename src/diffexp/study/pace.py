@@ -60,7 +60,8 @@ class Times:
     def kind(recipe: Recipe) -> list[Any]:
         """What runs of equal speed have in common."""
         passes = recipe.algorithm.inner_epochs if isinstance(recipe.algorithm, DDPOSettings) else 1
-        return [recipe.model.path, recipe.algorithm.name, passes, recipe.sampler.steps, recipe.device]
+        model = recipe.model
+        return [model.path, model.precision, recipe.algorithm.name, passes, recipe.sampler.steps, recipe.device]
 
     def add(self, recipe: Recipe, work: Work, spent: Spent) -> None:
         """Remembers what some work took."""

@@ -101,10 +101,13 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
     where = device([*(state.job.recipe for state in states), *ahead])
     on_cpu = where.type == "cpu"
     workers = workers or (os.cpu_count() or 1 if on_cpu else 1)
-    if dry_run:
+    if ahead and (reason := slow(ahead[0].model.precision, where)):
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+    if dry_run and any(times.expected(recipe, Work(1, 1)) is None for recipe in ahead):
+        console.print("timing a few images of every kind of run; that takes minutes", highlight=False)
         times.try_out(ahead, workers)
     describe(plan.figures, states, pictures, times, workers, console)
-    if reason := untimed(ahead, times, plan.scale) or (ahead and slow(ahead[0].model.precision, where)):
+    if reason := untimed(ahead, times, plan.scale):
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if plan.scale.candidates:
         tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task in plan.choice()))

@@ -68,8 +68,9 @@ def claims(measured: Mapping[str, list[Measured]], cut_short: Collection[str]) -
         found = findings(name, measured.get(name, []))
         counts = Counter(finding.verdict for finding in found)
         unknown, so_far = counts[Verdict.UNKNOWN], ", so far" if name in cut_short else ""
-        aside = f", {unknown} not determined" if unknown else ""
-        detail = f" ({counts[Verdict.REPRODUCED]} of {len(found) - unknown} tests{aside}{so_far})" if found else ""
+        count, aside = len(found) - unknown, f", {unknown} not determined" if unknown else ""
+        tests = f"{counts[Verdict.REPRODUCED]} of {count} test{'s' if count != 1 else ''}"
+        detail = f" ({tests}{aside}{so_far})" if found else ""
         table.append(f"| {name} | {claim.says} | **{verdict(found).value}**{detail} |")
     return "\n".join(table)
 
