@@ -163,21 +163,21 @@ def inherited(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     Settings of another algorithm, and the other way to say how long the guidance stays low.
     """
     kept = dict(below)
-    old, new = table(below, "algorithm"), table(above, "algorithm")
+    old, new = section(below, "algorithm"), section(above, "algorithm")
     if "name" in new and new["name"] != old.get("name", "ddpo"):
         kept["algorithm"] = {}
-    given = table(table(above, "exploration"), "guidance").keys() & {"threshold", "fraction"}
-    exploration = table(below, "exploration")
+    given = section(section(above, "exploration"), "guidance").keys() & {"threshold", "fraction"}
+    exploration = section(below, "exploration")
     if given and isinstance(guidance := exploration.get("guidance"), Mapping):
         left = {key: value for key, value in guidance.items() if key not in ("threshold", "fraction")}
         kept["exploration"] = {**exploration, "guidance": left}
     return kept
 
 
-def table(tables: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A table in another; empty where there is none."""
-    inside = tables.get(key)
-    return inside if isinstance(inside, Mapping) else {}
+def section(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A table of a recipe; empty if it is none."""
+    found = tables.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

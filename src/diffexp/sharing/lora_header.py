@@ -18,7 +18,7 @@ from diffexp.errors import UserError, one_line, printable
 from diffexp.rewards import available
 from diffexp.rewards.checksum import checksum
 from diffexp.rewards.spec import parse
-from diffexp.toml import check_depth, toml_lines
+from diffexp.toml import check_depth, section, toml_lines
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -238,9 +238,3 @@ def without_paths(content: Any) -> Any:
         content = re.sub(r"(https?://)(?:\[[^\]]*\]|[^]/:+*\s[]+)", r"\1…", content)
         return re.sub(r"(^|[+*\s])(?:/|~|[A-Za-z]:[/\\])[^+*\n]*[/\\]", r"\1", content.rstrip("/\\"))
     return content
-
-
-def section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A table of a recipe; empty if it is none."""
-    found = data.get(name)
-    return found if isinstance(found, Mapping) else {}
