@@ -67,12 +67,17 @@ def claims(measured: Mapping[str, list[Measured]], cut_short: Collection[str]) -
     for name, claim in CLAIMS.items():
         found = findings(name, measured.get(name, []))
         counts = Counter(finding.verdict for finding in found)
-        unknown, so_far = counts[Verdict.UNKNOWN], ", so far" if name in cut_short else ""
-        count, aside = len(found) - unknown, f", {unknown} not determined" if unknown else ""
-        tests = f"{counts[Verdict.REPRODUCED]} of {count} test{'s' if count != 1 else ''}"
-        detail = f" ({tests}{aside}{so_far})" if found else ""
+        unknown = counts[Verdict.UNKNOWN]
+        parts = [f"{counts[Verdict.REPRODUCED]} of {tests(len(found) - unknown)}"] if len(found) > unknown else []
+        parts += [f"{tests(unknown)} not determined"] * bool(unknown) + ["so far"] * (name in cut_short)
+        detail = f" ({', '.join(parts)})" if found else ""
         table.append(f"| {name} | {claim.says} | **{verdict(found).value}**{detail} |")
     return "\n".join(table)
+
+
+def tests(count: int) -> str:
+    """So many tests, in words."""
+    return f"{count} test{'s' if count != 1 else ''}"
 
 
 def described(name: str, figure: Figure, measured: list[Measured], picture: str) -> str:
