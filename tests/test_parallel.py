@@ -16,10 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from test_training import contents, recipe
 
@@ -85,7 +83,7 @@ def settings(folder: Path, sd_folder: Path) -> Callable[[str], Recipe]:
     # an odd number of samples and of minibatches, so that the ranks' shares differ
     changes = {"prompts": str(prompts), "reward": f"{code}:corner", "evaluation.images": 1, "seed": 1}
     changes["trackers"] = ["tensorboard"]  # ends while the ranks still have to meet
-    changes["optimizer.learning_rate"] = 1e-4  # the smaller Adam's steps, the less they make of rounding
+    changes["optimizer.learning_rate"] = 1e-5  # the smaller Adam's steps, the less they make of rounding
 
     def written(algorithm: str) -> Recipe:
         settings = recipe(sd_folder, algorithm, iterations=2, samples=11, **changes)
@@ -115,13 +113,8 @@ def both(folder: Path, settings: Callable[[str], Recipe]) -> Run:
     return trained
 
 
-def pictures(run: Path) -> dict[str, np.ndarray]:
-    """The previews, as whole numbers up to 255."""
-    return {file.name: np.asarray(Image.open(file)).astype(int) for file in run.glob("samples/*.png")}
-
-
 def assert_same(run: Path, alone: Path) -> None:
-    """The same pictures but for rounding, and figures that agree to a millionth of their value, or as far as they can.
+    """The same pictures, and figures that agree to a millionth of their value, or as far as they can.
 
     AlignProp's first iteration can. DDPO's has two updates, and Adam's first steps see little more of a gradient than
     its sign: where a parameter's is rounding, so is its step. What comes of it differs between makes of processor, for
@@ -137,14 +130,10 @@ def assert_same(run: Path, alone: Path) -> None:
                     rel, near = 1e-6, 0.0
                 same = pytest.approx(other[key], rel=rel, abs=near) if isinstance(value, float) else other[key]
                 assert value == same, (one["iteration"], key)
-    assert pictures(run).keys() == pictures(alone).keys()
-    for name, picture in pictures(run).items():
-        # a value that lies between two of 256 levels may be rounded to either
-        difference = np.abs(picture - pictures(alone)[name])
-        assert difference.max() <= 1 and difference.mean() < 2e-3, name
+    assert contents(run)[-1] == contents(alone)[-1]  # the pictures
     tensors = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (run, alone)]
     for key, tensor in tensors[0].items():
-        torch.testing.assert_close(tensor, tensors[1][key], rtol=0, atol=1e-4)
+        torch.testing.assert_close(tensor, tensors[1][key], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])
