@@ -37,7 +37,7 @@ def test_kl_is_that_of_gaussians() -> None:
     a, b = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(a, 0.3), normal(b, 0.3)).mean((1, 2, 3))
-    torch.testing.assert_close(Transition(a, 0.3).kl(Transition(b, 0.3)), expected)
+    torch.testing.assert_close(Transition(a, (0.3,) * 3).kl(Transition(b, (0.3,) * 3)), expected)
 
 
 @only_sd

@@ -105,8 +105,9 @@ def test_first_update_is_on_policy(sampler: Sampler, low: float) -> None:
     assert metrics["grad_norm"] > 0
 
 
-def test_policy_gradient_is_the_advantage_weighted_score(double: Sampler) -> None:
-    """At ratio 1 the gradient is −mean A ∇ log p: rebuilt here by hand, sample by sample."""
+@pytest.mark.parametrize("updates", [2, 4, 12], ids="{} in a pass".format)
+def test_policy_gradient_is_the_advantage_weighted_score(double: Sampler, updates: int) -> None:
+    """At ratio 1 the gradient is −mean A ∇ log p: rebuilt here by hand, sample by sample and step by step."""
     batch = explored(double.model, 1.0)
     path = double.rollout(batch, 4)
     advantages = batch_advantages(brightness(path.images, batch.prompts))
@@ -118,7 +119,7 @@ def test_policy_gradient_is_the_advantage_weighted_score(double: Sampler) -> Non
             objective = objective - advantages[k] * density.sum() / (4 * double.steps)
     named = dict(double.model.trainable())
     expected = dict(zip(named, torch.autograd.grad(objective, list(named.values())), strict=True))
-    algorithm = ddpo(double)
+    algorithm = ddpo(double, updates=updates)
     caught = caught_gradient(algorithm.learner)
     algorithm.step(batch)
     for name, gradient in expected.items():
@@ -161,6 +162,18 @@ def test_minibatches_are_random() -> None:
     assert all(30 <= together[sample] <= 70 for sample in (1, 2, 3, 5, 6, 7)), together
 
 
+def test_steps_of_one_scale_fill_up_a_pass(sampler: Sampler) -> None:
+    """At most ``update.batch`` transitions go through the network together, and no two scales."""
+    twelve, scales = ddpo(sampler, updates=12), (1.0, 5.0, 5.0, 5.0)
+    assert [list(twelve.passes(scales, rows)) for rows in (12, 7, 6, 1)] == [
+        [[0], [1], [2], [3]],
+        [[0], [1], [2], [3]],
+        [[0], [1, 2], [3]],
+        [[0], [1, 2, 3]],
+    ]
+    assert list(ddpo(sampler, updates=12, timestep_weights="masked").passes(scales, 6)) == [[0], [1, 2]]
+
+
 def test_late_timesteps_are_left_out(sampler: Sampler) -> None:
     assert sampler.schedule.timesteps == (751, 501, 251, 1)
     assert ddpo(sampler).learned_steps() == [0, 1, 2, 3]
@@ -176,8 +189,8 @@ def test_weights_scale_each_steps_gradient(sampler: Sampler) -> None:
     sigmas = [sampler.schedule.std(i, 1.0) for i in range(3)]
     for i, sigma in enumerate(sigmas):
         torch.testing.assert_close(
-            weighted.figures(trajectory, i, rows, advantages)["loss"],
-            plain.figures(trajectory, i, rows, advantages)["loss"] * sigma / (sum(sigmas) / 3),
+            weighted.figures(trajectory, [i], rows, advantages)["loss"],
+            plain.figures(trajectory, [i], rows, advantages)["loss"] * sigma / (sum(sigmas) / 3),
         )
     assert len(list(weighted.losses(trajectory, advantages, rows, 4))) == 3
 
@@ -210,7 +223,7 @@ def test_sensitivity_is_the_derivative_of_the_mean(kind: str) -> None:
     schedule = models.load("emoji").schedule(20)._replace(prediction_type=kind)
     x, output = torch.zeros(1, 1, 1, 1).double(), torch.zeros(1, 1, 1, 1).double()
     for i in (0, 9, 18):
-        moved = ddim(schedule, i, x, output + 1, 1.0).mean - ddim(schedule, i, x, output, 1.0).mean
+        moved = ddim(schedule, [i], x, output + 1, 1.0).mean - ddim(schedule, [i], x, output, 1.0).mean
         assert sensitivity(schedule, i, 1.0) == pytest.approx(abs(moved.item()) / schedule.std(i, 1.0))
 
 

@@ -31,21 +31,32 @@ def test_ddim_step_is_diffusers(sd_folder: Path, eta: float, prediction_type: st
     random = torch.Generator().manual_seed(0)
     x, output, noise = torch.randn(3, 2, 4, 8, 8, generator=random).unbind()
     for i, t in enumerate(reference.timesteps):
-        step = ddim(schedule, i, x, output, eta)
+        step = ddim(schedule, [i, i], x, output, eta)
         # diffusers accepts no variance noise at eta = 0, where it would be multiplied by 0
         expected = reference.step(output, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
         torch.testing.assert_close(step.sample(noise), expected, rtol=1e-4, atol=5e-5)
 
 
+def test_each_sample_has_its_own_step(sd_folder: Path) -> None:
+    schedule, random = models.load(str(sd_folder)).schedule(10), torch.Generator().manual_seed(0)
+    x, output, noise = torch.randn(3, 3, 4, 8, 8, generator=random).unbind()
+    together, steps = ddim(schedule, [0, 9, 4], x, output, 1.0), (0, 9, 4)
+    for row, i in enumerate(steps):
+        alone = ddim(schedule, [i], x[row : row + 1], output[row : row + 1], 1.0)
+        assert torch.equal(together.mean[row], alone.mean[0])
+        assert torch.equal(together.sample(noise)[row], alone.sample(noise[row : row + 1])[0])
+        assert torch.equal(together.log_prob(noise)[row], alone.log_prob(noise[row : row + 1])[0])
+
+
 def test_log_prob_is_the_mean_gaussian_log_density() -> None:
     mean, x = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
     expected = torch.distributions.Normal(mean, 0.3).log_prob(x).mean((1, 2, 3))
-    torch.testing.assert_close(Transition(mean, 0.3).log_prob(x), expected)
+    torch.testing.assert_close(Transition(mean, (0.3,) * 3).log_prob(x), expected)
 
 
 def test_a_deterministic_step_has_no_density() -> None:
     with pytest.raises(ValueError, match="eta > 0"):
-        Transition(torch.zeros(1, 1, 1, 1), 0.0).log_prob(torch.zeros(1, 1, 1, 1))
+        Transition(torch.zeros(1, 1, 1, 1), (0.0,)).log_prob(torch.zeros(1, 1, 1, 1))
 
 
 def test_every_step_of_stable_diffusion_has_noise_at_eta_1(sd_folder: Path) -> None:
@@ -79,7 +90,7 @@ def test_zero_terminal_snr_with_v_prediction_is_diffusers() -> None:
     random = torch.Generator().manual_seed(0)
     x, output, noise = torch.randn(3, 2, 4, 8, 8, generator=random).unbind()
     for i, t in enumerate(reference.timesteps):
-        step = ddim(schedule, i, x, output, 1.0)
+        step = ddim(schedule, [i, i], x, output, 1.0)
         expected = reference.step(output, t, x, eta=1.0, variance_noise=noise).prev_sample
         torch.testing.assert_close(step.sample(noise), expected, rtol=1e-4, atol=5e-5)
         assert step.log_prob(expected).isfinite().all()

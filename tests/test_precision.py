@@ -49,6 +49,17 @@ def test_the_on_policy_ratio_is_one_in_bf16(bf16: TextToImage, w: float) -> None
             assert ((density - path.log_probs[i, rows]).exp() - 1).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("w", SCALES)
+def test_steps_that_share_a_call_are_on_policy_in_bf16(bf16: TextToImage, w: float) -> None:
+    """Rolled out a step at a time; updated with each sample at a step of its own."""
+    sampler = Sampler(bf16, bf16.schedule(3), bf16.latent_shape(), rows=lambda: 2)
+    path = sampler.rollout(Batch(PROMPTS, bf16.encode(PROMPTS), lambda t: w, [(0, k) for k in range(3)]), size=3)
+    steps, rows = [2, 0, 1, 2, 0], [0, 1, 1, 2, 2]
+    text = sampler.current([PROMPTS[row] for row in rows], path.text.select(rows))
+    density = sampler.transition(path.latents[steps, rows], steps, text, w).log_prob(path.latents[1:][steps, rows])
+    assert ((density - path.log_probs[steps, rows]).exp() - 1).abs().max() <= 1e-4
+
+
 def test_what_is_float32_in_bf16(bf16: TextToImage) -> None:
     """The adapter, stored latents, log-probabilities and images; the frozen weights are not."""
     sampler = Sampler(bf16, bf16.schedule(1), bf16.latent_shape())
@@ -97,11 +108,18 @@ def test_a_recipe_in_fp16_learns(algorithm: str, xl_folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("precision", "batch", "rows"),
-    [("fp32", 3, None), ("bf16", 3, 3), ("bf16", 64, 4)],  # each update has 4 samples
+    ("precision", "batch", "updates", "rows"),
+    [
+        ("fp32", 3, 2, None),
+        ("bf16", 3, 2, 3),
+        ("bf16", 64, 2, 4),  # each update has 4 of the 7 samples: two steps of it would be more than a rollout
+        ("bf16", 64, 4, 6),  # three steps of its 2
+    ],
 )
-def test_only_rounding_precisions_fix_the_shape(xl_folder: Path, precision: str, batch: int, rows: int | None) -> None:
-    changes = {"model.precision": precision, "update.batch": batch, "samples": 7, "algorithm.minibatches": 2}
+def test_only_rounding_precisions_fix_the_shape(
+    xl_folder: Path, precision: str, batch: int, updates: int, rows: int | None
+) -> None:
+    changes = {"model.precision": precision, "update.batch": batch, "samples": 7, "algorithm.minibatches": updates}
     settings = recipe(str(xl_folder), "ddpo", **changes)
     model = assembly.model(settings)
     assembly.make_trainable(settings, model)

@@ -109,7 +109,7 @@ def test_divergence_is_the_kl_of_every_step_to_the_untouched_model(sampler: Samp
         step = sampler.transition(path.latents[i], i, path.text, w)
         with sampler.model.base():
             base = sampler.transition(path.latents[i], i, path.text, w)
-        expected += ((step.mean - base.mean).square() / (2 * step.std**2)).mean((1, 2, 3)) / 4
+        expected += ((step.mean - base.mean).square() / (2 * step.std[0] ** 2)).mean((1, 2, 3)) / 4
     found = sampler.divergence(on, size=3)
     assert (found > 0).all()
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-9)

@@ -122,11 +122,15 @@ def one_shape(parts: Parts) -> Sampler:
     """
     recipe, sampler, learner = parts.recipe, parts.sampler, parts.learner
     careless = recipe.model.precision == "fp32" and sampler.model.device.type == "cpu"
-    # filling up a call costs as much as samples do: no more rows than an update has
     updates = recipe.algorithm.minibatches if isinstance(recipe.algorithm, DDPOSettings) else 1
-    most = -(-recipe.samples // (updates * learner.ranks.size))
-    sizes = (learner.batch, parts.rollout_batch)
-    return sampler if careless else replace(sampler, rows=lambda: min(most, *(batch.size for batch in sizes)))
+    sampled, updated = (-(-recipe.samples // (parts * learner.ranks.size)) for parts in (1, updates))
+
+    def rows() -> int:
+        # filling up a call costs as much as samples do: no more rows than a rollout has, and whole steps of an update
+        most = min(sampled, learner.batch.size, parts.rollout_batch.size)
+        return most - most % updated if most > updated else most
+
+    return sampler if careless else replace(sampler, rows=rows)
 
 
 def ddpo(settings: DDPOSettings, parts: Parts) -> Algorithm:

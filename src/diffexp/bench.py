@@ -196,11 +196,12 @@ class Meter:
 def ddpo(meter: Meter, scales: Sequence[float]) -> float:
     """Seconds an image of DDPO's rollout, and of the updates on all steps that have a density."""
     algorithm, recipe = meter.algorithm, meter.recipe
-    count = min(recipe.update.batch, -(-recipe.samples // algorithm.minibatches))
-    learned = [scales[i] for i in algorithm.learned_steps()]
-    update = sum(meter.step(algorithm.sampler, count, w, learn=True) for w in learned)
-    if algorithm.kl:
-        update += sum(meter.step(algorithm.sampler, count, w) for w in learned)
+    rows, update = min(recipe.update.batch, -(-recipe.samples // algorithm.minibatches)), 0.0
+    for steps in algorithm.passes(scales, rows):
+        count, w = rows * len(steps), scales[steps[0]]
+        update += len(steps) * meter.step(algorithm.sampler, count, w, learn=True)
+        if algorithm.kl:
+            update += len(steps) * meter.step(algorithm.sampler, count, w)
     return meter.rollout(algorithm.sampler, scales) + algorithm.inner_epochs * update
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Number = TypeVar("Number", float, Tensor)
 
 
 class Transition(NamedTuple):
-    """p(x_{t-1} | x_t, c) = N(mean, std² I), Eq. 3. ``std`` is 0 where the step is deterministic."""
+    """p(x_{t-1} | x_t, c) = N(mean, std² I), Eq. 3. ``std`` is each sample's, 0 where its step is deterministic."""
 
     mean: Float[Tensor, "B C H W"]
-    std: float
+    std: tuple[float, ...]
 
     def sample(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """x_{t-1}, from standard normal ``noise``."""
-        return self.mean + self.std * noise
+        return self.mean + rowwise(self.std, noise) * noise
 
     def log_prob(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
         """log p(x | x_t, c) averaged over C·H·W, float32.
@@ -27,22 +29,24 @@ class Transition(NamedTuple):
         The average, not the sum, as in the original DDPO code: the clip range of 1e-4 is meant for it.
 
         Raises:
-            ValueError: if the step is deterministic (``std`` = 0) and has no density.
+            ValueError: if a step is deterministic (``std`` = 0) and has no density.
         """
-        if self.std == 0:
+        if 0 in self.std:
             raise ValueError("a deterministic step has no log-probability: use eta > 0")
-        z = (x.float() - self.mean.float()) / self.std
-        return (-0.5 * z**2 - math.log(self.std) - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
+        std = rowwise(self.std, self.mean).float()
+        z = (x.float() - self.mean.float()) / std
+        return (-0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
     def kl(self, other: Transition) -> Float[Tensor, " B"]:
-        """KL(this ‖ other) of two transitions with the same deviation, averaged over C·H·W like ``log_prob``.
+        """KL(this ‖ other) of two transitions with the same deviations, averaged over C·H·W like ``log_prob``.
 
         Raises:
-            ValueError: if the step is deterministic.
+            ValueError: if a step is deterministic.
         """
-        if self.std == 0:
+        if 0 in self.std:
             raise ValueError("a deterministic step has no KL divergence: use eta > 0")
-        return ((self.mean.float() - other.mean.float()) ** 2 / (2 * self.std**2)).flatten(1).mean(1)
+        std = rowwise(self.std, self.mean).float()
+        return ((self.mean.float() - other.mean.float()) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 
 class NoiseSchedule(NamedTuple):
@@ -57,6 +61,12 @@ class NoiseSchedule(NamedTuple):
         """σ_t of step i: η √((1−ᾱ_prev)/(1−ᾱ_t)) √(1 − ᾱ_t/ᾱ_prev). Song et al. 2021 (DDIM), Eq. 16."""
         a, a_prev = self.alpha_bar[i], self.alpha_bar_prev[i]
         return eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(max(1 - a / a_prev, 0.0))
+
+    def mean(self, i: int, x_t: Number, output: Number, eta: float) -> Number:
+        """√ᾱ_prev x̂_0 + √(1 − ᾱ_prev − σ_t²) ε̂ of step i, where the network says ``output`` of ``x_t``."""
+        a_prev, std = self.alpha_bar_prev[i], self.std(i, eta)
+        x_0, noise = denoised(self.prediction_type, self.alpha_bar[i], x_t, output)
+        return math.sqrt(a_prev) * x_0 + math.sqrt(max(1 - a_prev - std**2, 0.0)) * noise
 
     def noised(
         self, x_0: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C H W"], i: int
@@ -76,20 +86,29 @@ class NoiseSchedule(NamedTuple):
 
 
 def ddim(
-    schedule: NoiseSchedule, i: int, x_t: Float[Tensor, "B C H W"], output: Float[Tensor, "B C H W"], eta: float
+    schedule: NoiseSchedule,
+    steps: Sequence[int],
+    x_t: Float[Tensor, "B C H W"],
+    output: Float[Tensor, "B C H W"],
+    eta: float,
 ) -> Transition:
-    """The transition of step ``i``, given the network's ``output`` at ``x_t``.
+    """The transition of each sample's own step of ``steps`` (B), given the network's ``output`` at ``x_t``.
 
     x_{t-1} = √ᾱ_prev x̂_0 + √(1 − ᾱ_prev − σ_t²) ε̂ + σ_t z (Song et al. 2021, Eq. 12); η = 1 is the stochastic sampler
-    that DDPO needs, η = 0 the deterministic one.
+    that DDPO needs, η = 0 the deterministic one. The mean is linear in x_t and the output, so that its two coefficients
+    are what it makes of (1, 0) and of (0, 1).
     """
-    a, a_prev, std = schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std(i, eta)
-    x_0, noise = denoised(schedule.prediction_type, a, x_t, output)
-    mean = math.sqrt(a_prev) * x_0 + math.sqrt(max(1 - a_prev - std**2, 0.0)) * noise
-    return Transition(mean, std)
+    of_x = rowwise([schedule.mean(i, 1.0, 0.0, eta) for i in steps], x_t)
+    of_output = rowwise([schedule.mean(i, 0.0, 1.0, eta) for i in steps], x_t)
+    return Transition(of_x * x_t + of_output * output, tuple(schedule.std(i, eta) for i in steps))
 
 
-def denoised(prediction_type: PredictionType, a: float, x_t: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+def rowwise(values: Sequence[float], x: Tensor) -> Float[Tensor, "B 1 1 1"]:
+    """One number a sample, to multiply samples like ``x`` with."""
+    return x.new_tensor(values).view(-1, 1, 1, 1)
+
+
+def denoised(prediction_type: PredictionType, a: float, x_t: Number, output: Number) -> tuple[Number, Number]:
     """(x̂_0, ε̂) out of what the network predicts, with a = ᾱ_t. v-prediction: Salimans and Ho 2022, appendix D."""
     s, n = math.sqrt(a), math.sqrt(1 - a)
     if prediction_type == "epsilon":

@@ -18,6 +18,9 @@ from diffexp.processes import interruption
 from diffexp.randomness import generator, randn
 from diffexp.text import TextEmbedding, concatenate
 
+Steps = int | Sequence[int]
+"""One step of the sampler for all samples, or each sample's own."""
+
 
 class Conditioning(NamedTuple):
     """The embedding of B prompts, and w(t)."""
@@ -128,22 +131,23 @@ class Sampler:
         return [i for i in range(self.steps) if self.schedule.std(i, self.eta) > 0]
 
     def transition(
-        self, x_t: Float[Tensor, "B C H W"], i: int, text: TextEmbedding, w: float, learn: bool = True
+        self, x_t: Float[Tensor, "B C H W"], i: Steps, text: TextEmbedding, w: float, learn: bool = True
     ) -> Transition:
         """p(x_{t-1} | x_t, c) of step i, under guidance scale w; without ``learn`` no gradient reaches the network."""
         interruption.check()
         return self.step(x_t, i, text, w, learn)
 
-    def step(self, x_t: Float[Tensor, "B C H W"], i: int, text: TextEmbedding, w: float, learn: bool) -> Transition:
+    def step(self, x_t: Float[Tensor, "B C H W"], i: Steps, text: TextEmbedding, w: float, learn: bool) -> Transition:
         """A ``transition`` that no signal can end: the run is not saved where its adapters are off."""
-        t, outputs = self.schedule.timesteps[i], []
+        steps, outputs = [i] * len(x_t) if isinstance(i, int) else i, []
         with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
             for rows, count in self.calls(len(x_t)):
+                t = [self.schedule.timesteps[steps[row]] for row in rows]
                 outputs.append(self.model.predict(x_t[rows], t, text.select(rows), w)[:count])
-        return ddim(self.schedule, i, x_t, torch.cat(outputs), self.eta)
+        return ddim(self.schedule, steps, x_t, torch.cat(outputs), self.eta)
 
     def base_transition(
-        self, x_t: Float[Tensor, "B C H W"], i: int, prompts: Sequence[str], text: TextEmbedding, w: float
+        self, x_t: Float[Tensor, "B C H W"], i: Steps, prompts: Sequence[str], text: TextEmbedding, w: float
     ) -> Transition:
         """What the untouched model would make of step i; without a gradient. Needs that an adapter is what learns."""
         with torch.no_grad(), self.model.base():
@@ -207,7 +211,7 @@ class Sampler:
             latents.append(step.sample(randn(noise, self.latent, self.model.device)))
             with torch.no_grad():
                 unknown = latents[-1].new_full((len(batch.prompts),), torch.nan)
-                log_probs.append(step.log_prob(latents[-1]) if step.std > 0 else unknown)
+                log_probs.append(step.log_prob(latents[-1]) if i in self.random_steps else unknown)
         return Denoised(latents, log_probs)
 
     @torch.no_grad()
@@ -241,7 +245,7 @@ class Sampler:
         for i, w in enumerate(self.scales(policy.guidance)):
             step = self.transition(latents[i], i, policy.text, w, learn=False)
             unknown = latents[i].new_full((len(latents[i]),), torch.nan)
-            found.append(step.log_prob(latents[i + 1]) if step.std > 0 else unknown)
+            found.append(step.log_prob(latents[i + 1]) if i in self.random_steps else unknown)
         return found
 
     @torch.no_grad()

@@ -128,20 +128,35 @@ class DDPO(Algorithm):
 
         Gradients flow through both halves of the guidance.
         """
-        steps = self.learned_steps()
-        for i in steps:
-            figures = self.figures(trajectory, i, rows, advantages[rows])
-            shares = {name: figure.sum() / (count * len(steps)) for name, figure in figures.items()}
+        transitions = count * len(self.learned_steps())
+        for steps in self.passes(trajectory.scales, len(rows)):
+            figures = self.figures(trajectory, steps, rows, advantages)
+            shares = {name: figure.sum() / transitions for name, figure in figures.items()}
             yield Share(shares.pop("loss"), shares)
 
-    def figures(self, trajectory: Trajectory, i: int, rows: list[int], advantage: Tensor) -> dict[str, Tensor]:
-        """The loss of step i for some samples, with a graph, and what tells how far the policy has moved: each (B,)."""
-        x_t, x_prev, old = trajectory.latents[i, rows], trajectory.latents[i + 1, rows], trajectory.log_probs[i, rows]
-        prompts, w = [trajectory.prompts[row] for row in rows], trajectory.scales[i]
-        text = self.sampler.current(prompts, trajectory.text.select(rows))
+    def passes(self, scales: Sequence[float], rows: int) -> Iterator[list[int]]:
+        """The learned steps, those together that go through the network together: few samples don't make a full batch.
+
+        They share one guidance scale, on which it depends whether a step takes one prediction or two.
+        """
+        size = max(1, self.learner.batch.size // rows)
+        for scale in dict.fromkeys(scales):
+            steps = [i for i in self.learned_steps() if scales[i] == scale]
+            yield from (steps[start : start + size] for start in range(0, len(steps), size))
+
+    def figures(
+        self, trajectory: Trajectory, steps: Sequence[int], rows: list[int], advantages: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss of some steps of some samples, and what tells how far the policy has moved: each (steps · rows,)."""
+        i, samples = [index for index in steps for _ in rows], rows * len(steps)
+        x_t, x_prev = trajectory.latents[i, samples], trajectory.latents[1:][i, samples]
+        old, w = trajectory.log_probs[i, samples], trajectory.scales[steps[0]]
+        prompts = [trajectory.prompts[sample] for sample in samples]
+        text = self.sampler.current(prompts, trajectory.text.select(samples))
         step = self.sampler.transition(x_t, i, text, w)
         log_prob = step.log_prob(x_prev)
-        loss = self.credit[i] * clipped_policy_loss(log_prob, old, advantage, self.clip)
+        credit = log_prob.new_tensor([self.credit[index] for index in i])
+        loss = credit * clipped_policy_loss(log_prob, old, advantages[samples], self.clip)
         drift = (log_prob - old).detach()
         figures = {
             "loss": loss,

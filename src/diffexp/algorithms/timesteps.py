@@ -8,7 +8,6 @@ listens to one late step, which changes little in the image.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from diffexp.diffusion import NoiseSchedule
@@ -22,18 +21,12 @@ MASKED = 100
 def sensitivity(schedule: NoiseSchedule, i: int, eta: float) -> float:
     """w_t of step i: how many σ_t the transition's mean moves by where the network's output moves by 1.
 
-    The derivative of DDIM's mean √ᾱ_prev x̂_0 + √(1−ᾱ_prev−σ_t²) ε̂ by ε̂, by v or by x̂_0, whichever is predicted.
+    The derivative of DDIM's mean by ε̂, by v or by x̂_0, whichever is predicted.
 
     Raises:
         ZeroDivisionError: if the step is deterministic.
     """
-    a, a_prev, std = schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std(i, eta)
-    s, n, direction = math.sqrt(a), math.sqrt(1 - a), math.sqrt(max(1 - a_prev - std**2, 0.0))
-    if schedule.prediction_type == "epsilon":
-        return abs(math.sqrt(a_prev) * n / s - direction) / std
-    if schedule.prediction_type == "v_prediction":
-        return abs(math.sqrt(a_prev) * n - direction * s) / std
-    return abs(math.sqrt(a_prev) - direction * s / n) / std
+    return abs(schedule.mean(i, 0.0, 1.0, eta)) / schedule.std(i, eta)
 
 
 def step_weights(scheme: Scheme, schedule: NoiseSchedule, eta: float) -> tuple[float, ...]:

@@ -87,7 +87,7 @@ class TextToImage(ABC):
     def network(
         self,
         x: Float[Tensor, "N C H W"],
-        t: int,
+        t: int | Sequence[int],
         hidden: Float[Tensor, "N L D"],
         pooled: Float[Tensor, "N P"] | None,
     ) -> Float[Tensor, "N C H W"]:
@@ -97,19 +97,21 @@ class TextToImage(ABC):
     def text_encoders(self) -> Mapping[str, nn.Module]:
         """The text encoders by their folder names."""
 
-    def predict(self, x_t: Float[Tensor, "B C H W"], t: int, text: TextEmbedding, w: float) -> Float[Tensor, "B C H W"]:
+    def predict(
+        self, x_t: Float[Tensor, "B C H W"], t: int | Sequence[int], text: TextEmbedding, w: float
+    ) -> Float[Tensor, "B C H W"]:
         """Eq. 4: ε̃(x_t, t, c) = ε(x_t, t) + w (ε(x_t, t, c) − ε(x_t, t)), for every w, also below 1.
 
-        The only place with this formula. Where w is 1 or 0 one of the two predictions drops out, and with it half of
-        the work. Ho and Salimans 2022.
+        ``t`` is one timestep for all samples, or each sample's own. The only place with this formula. Where w is 1 or 0
+        one of the two predictions drops out, and with it half of the work. Ho and Salimans 2022.
         """
         if w == 1:
             return self.network(x_t, t, text.hidden, text.pooled)
         null = text.unconditional()
         if w == 0:
             return self.network(x_t, t, null.hidden, null.pooled)
-        both = concatenate([text, null])
-        conditional, unconditional = self.network(torch.cat([x_t, x_t]), t, both.hidden, both.pooled).chunk(2)
+        both, twice = concatenate([text, null]), t if isinstance(t, int) else [*t, *t]
+        conditional, unconditional = self.network(torch.cat([x_t, x_t]), twice, both.hidden, both.pooled).chunk(2)
         return unconditional + w * (conditional - unconditional)
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:

@@ -56,7 +56,7 @@ class StableDiffusionXL(TextToImage):
     def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
         return spell(self.tokenizers[0], prompts, units)
 
-    def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
+    def network(self, x: Tensor, t: int | Sequence[int], hidden: Tensor, pooled: Tensor | None) -> Tensor:
         if pooled is None:
             raise ValueError("SDXL needs the pooled text embedding")
         height, width = x.shape[-2] * self.pixels, x.shape[-1] * self.pixels

@@ -42,7 +42,7 @@ class StableDiffusion(TextToImage):
     def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
         return spell(self.tokenizer, prompts, units)
 
-    def network(self, x: Tensor, t: int, hidden: Tensor, pooled: Tensor | None) -> Tensor:
+    def network(self, x: Tensor, t: int | Sequence[int], hidden: Tensor, pooled: Tensor | None) -> Tensor:
         timestep = torch.tensor(t, device=self.device)
         with self.computing():
             output = self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0]
