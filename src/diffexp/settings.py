@@ -236,7 +236,7 @@ class RolloutSettings(Settings):
 
 class UpdateSettings(Settings):
     batch: Positive = 4
-    """Images in one backward pass: memory only."""
+    """Images in one backward pass, of ddpo also an image's timesteps: memory and speed only."""
     checkpoint: tuple[Literal["unet", "decoder"], ...] = ()
     """What the backward pass computes again, the network's blocks or the VAE's decoder: less memory, more time."""
 
