@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_how_often_something_is_due(iterations: int, every: int) -> None:
     assert times(iterations, every) == sum(k % every == 0 or k == iterations for k in range(iterations + 1))
 
 
-def test_architectures_by_name() -> None:
+def test_architectures_by_name(sd_folder: Path) -> None:
     models = {
         "emoji": "emoji",
         "emoji-xl": "emoji-xl",
@@ -96,6 +97,7 @@ def test_architectures_by_name() -> None:
     }
     for path, expected in models.items():
         assert architecture_of(Recipe.parse({"model": {"path": path}}, "test")) == expected
+    assert architecture_of(Recipe.parse({"model": {"path": str(sd_folder)}}, "test")) == str(sd_folder)
     with pytest.raises(UserError, match="--arch = 'flux'"):
         bench.bench(Recipe.load("demo"), "demo", "flux")
 

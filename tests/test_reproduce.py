@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 from brightness import brightness
-from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
-from tiny import write_hub_cache
 
 from diffexp import models
 from diffexp.commands import Painter
@@ -34,6 +32,7 @@ from diffexp.study.trainer import State, Trainer, painted
 from diffexp.training import train
 
 REWARD = f"{Path(__file__).parent / 'brightness.py'}:{brightness.__name__}"
+MEASURED = {"queries": 4, "training": 8.0, "evaluated": 4, "rest": 4.0}
 
 
 def tiny(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def test_times_know_alike_runs_only(tmp_path: Path, sd_folder: Path) -> None:
 
 def test_a_dry_run_measures_what_is_not_known(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    monkeypatch.setattr(pace, "trials", lambda recipe, workers: tried.append(recipe) or [Spent(8.0, 4.0)] * workers)
+    monkeypatch.setattr(pace, "measurements", lambda recipe, workers: tried.append(recipe) or [MEASURED] * workers)
     said = call("1", tmp_path, tiny(sd_folder), dry_run=True)
     assert len(tried) == 1, "both arms are as fast"
     # a run: 2 x 2 images to train on at 2 s, 3 x 2 x 2 to evaluate at 1 s
@@ -194,7 +193,7 @@ def test_a_dry_run_counts_and_times_what_is_painted_to_draw(
     tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 2 s an image of training and 1 s a painted one, where the runs go two at a time and drawing follows them."""
-    monkeypatch.setattr(pace, "trials", lambda _, workers: [Spent(8.0, 4.0)] * workers)
+    monkeypatch.setattr(pace, "measurements", lambda _, workers: [MEASURED] * workers)
     said = call("3", tmp_path, tiny(sd_folder), dry_run=True)
     assert "figure 3: Guidance strategies; 24 images are painted to draw it" in said, "three rows of eight"
     assert "0 runs, 0 finished; the others: 0 queries, 0 evaluated images; drawing: 24 images" in said
@@ -276,61 +275,21 @@ def emptied(monkeypatch: pytest.MonkeyPatch, paint: Any) -> list[str]:
     return opened
 
 
-def test_a_dry_run_says_why_it_can_tell_no_time(
-    tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pace, "trials", lambda *_: pytest.fail("nothing is tried"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    cpu = {"device": "cpu"}
-    said = call("10b", tmp_path, cpu, dry_run=True, scale="sdxl").splitlines()
+def test_a_dry_run_says_why_it_can_tell_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "measurements", lambda *_: pytest.fail("nothing is tried"))
+    said = call("10b", tmp_path, {"device": "cpu"}, dry_run=True, scale="sdxl")
+    assert "timing" not in said
     assert (
-        said[-1] == "stabilityai/stable-diffusion-xl-base-1.0 needs a GPU to be practical; on this CPU nothing is timed"
+        said.splitlines()[-1]
+        == "stabilityai/stable-diffusion-xl-base-1.0 needs a GPU to be practical; on this CPU nothing is timed"
     )
 
-    monkeypatch.setattr(pace, "impractical", lambda _: False)  # as with a GPU
-    (line,) = call("4", tmp_path, cpu, dry_run=True, scale="sd15").splitlines()[-1:]
-    assert line == (
-        "the model stable-diffusion-v1-5/stable-diffusion-v1-5 is not on this machine: diffexp download sd15-ddpo "
-        "--set reward=aesthetic fetches it, diffexp bench sd15-ddpo --set reward=aesthetic measures without it"
-    )
-    said = call("10b", tmp_path, cpu | {"model.path": str(sd_folder)}, dry_run=True, scale="sdxl")
-    arguments = f"sdxl-alignprop --set model.path={sd_folder}"
-    assert f"the reward aesthetic is not on this machine: diffexp download {arguments} fetches it" in said
-    assert pace.why_unknown(jobs(["1"], SCALES["emoji"], 1, tiny(sd_folder))[0].recipe, "emoji-ddpo") is None
 
-
-def test_a_model_in_the_hubs_cache_is_tried(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("the network was asked")
-
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    recipe = Recipe(model={"path": "org/name"}, reward=REWARD)
-    assert pace.lacking(recipe) == "model org/name"
-    snapshot = write_hub_cache(tmp_path / "hub", "org/name", sd_folder, "0" * 40)
-    assert pace.lacking(recipe) is None
-    assert pace.lacking(Recipe(model={"path": "org/name", "revision": "0" * 40}, reward=REWARD)) is None
-    assert pace.lacking(Recipe(model={"path": "org/name", "variant": "fp16"}, reward=REWARD)) == "model org/name"
-    assert pace.lacking(Recipe(model={"path": "org/name"}, reward="pickscore")) == "reward pickscore"
-    assert pace.lacking(Recipe(model={"path": "/no/such/folder"}, reward=REWARD)) == "model /no/such/folder"
-
-    tried: list[Recipe] = []
-    monkeypatch.setattr(pace, "trials", lambda recipe, _: tried.append(recipe) or [])
-    on_cpu = Recipe(model={"path": "org/name"}, reward=REWARD, device="cpu")
-    Times(tmp_path / "none").try_out([on_cpu], 1)
-    assert not tried, "a model of the hub is too much for a CPU"
-    monkeypatch.setattr(pace, "impractical", lambda _: False)
-    Times(tmp_path / "none").try_out([on_cpu], 1)
-    assert tried == [on_cpu]
-    next(snapshot.glob("vae/*.safetensors")).unlink()
-    assert pace.lacking(recipe) == "model org/name", "its download was cut short"
-
-
-def test_a_trial_times_both_parts(sd_folder: Path) -> None:
+def test_what_a_dry_run_measures_is_a_whole_run(sd_folder: Path) -> None:
     recipe = jobs(["8"], SCALES["emoji"], 1, tiny(sd_folder))[0].recipe
-    spent = pace.trial(recipe)
-    assert min(spent) > 0
+    measured = pace.measure(recipe)
+    assert (measured["queries"], measured["evaluated"]) == (2 * 2, 3 * 2 * 2)
+    assert min(measured["training"], measured["rest"]) > 0
 
 
 def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

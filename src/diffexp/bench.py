@@ -1,6 +1,6 @@
 """What a recipe would cost on this machine: a few micro-steps at its batch shapes, and the arithmetic from there.
 
-Nothing is downloaded: Stable Diffusion gets random weights, and so do rewards that would have to be fetched.
+Nothing is downloaded: Stable Diffusion of the hub gets random weights, and so do rewards that would have to be fetched.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -101,9 +102,9 @@ class Meter:
         return clock() - start
 
     def text(self, count: int) -> TextEmbedding:
-        if self.architecture in MODELS:
-            return self.model.encode(["a dolphin riding a bike"]).select([0] * count)
-        return text(self.model, count)
+        if self.architecture in ARCHITECTURES:
+            return text(self.model, count)
+        return self.model.encode(["a dolphin riding a bike"]).select([0] * count)
 
     def latents(self, count: int) -> Tensor:
         noise = torch.Generator().manual_seed(0)
@@ -250,10 +251,10 @@ PLANS: dict[type, Callable[[Meter, Sequence[float]], float]] = {
 
 
 def opened(recipe: Recipe, architecture: str) -> TextToImage:
-    """The model that ships with the package, or one of random weights."""
-    if architecture in MODELS:
-        return models.load(architecture, recipe.model.precision, str(device(recipe.device)))
-    return blank(architecture, recipe.model.precision, device(recipe.device))
+    """A model of random weights, or one that is on this machine."""
+    if architecture in ARCHITECTURES:
+        return blank(architecture, recipe.model.precision, device(recipe.device))
+    return models.load(architecture, recipe.model.precision, str(device(recipe.device)), variant=recipe.model.variant)
 
 
 def stand_in(reward: str, where: torch.device) -> Callable[[Tensor, Sequence[str]], Tensor]:
@@ -278,10 +279,10 @@ def fetched(reward: str) -> bool:
 
 
 def architecture_of(recipe: Recipe) -> str:
-    """What the recipe's model most likely is, by its name."""
-    name = recipe.model.path.lower()
-    if name in MODELS:
-        return name
+    """The recipe's model itself where it is on this machine; else what it most likely is, by its name."""
+    path, name = recipe.model.path, recipe.model.path.lower()
+    if path in MODELS or Path(path).is_dir():
+        return path
     return "sdxl" if "xl" in name else "sd21" if re.search("stable-diffusion-2|sd2", name) else "sd15"
 
 
@@ -293,18 +294,18 @@ def times(iterations: int, every: int) -> int:
 def bench(recipe: Recipe, name: str, architecture: str | None = None) -> Estimate:
     """Measures what the recipe's parts take here, and tells what all of it will.
 
-    ``architecture`` is a model of the emoji world or one of :data:`diffexp.models.blank.ARCHITECTURES`; by default what
-    the recipe's model is called says which. The text encoders' own training, where a recipe has it, is left out.
+    ``architecture`` is a model of the emoji world or one of :data:`diffexp.models.blank.ARCHITECTURES`; by default the
+    recipe's model, if it is on this machine, or what it is called says which. The text encoders' own training, where a
+    recipe has it, is left out.
 
     Raises:
         UserError: for another architecture, an algorithm of the user's own, or what does not fit into memory.
     """
-    architecture = architecture or architecture_of(recipe)
-    if architecture not in (*MODELS, *ARCHITECTURES):
+    if architecture not in (None, *MODELS, *ARCHITECTURES):
         raise UserError(f"--arch = {architecture!r}: take one of {', '.join(('emoji', *ARCHITECTURES))}")
     changes = {"text_encoders": False, "start": None}
     recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update=changes)})
-    started = clock()
+    started, architecture = clock(), architecture or architecture_of(recipe)
     meter = Meter(recipe, architecture)
     loading = clock() - started
     guidance = recipe.sampler.guidance

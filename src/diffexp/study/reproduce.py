@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,7 @@ from diffexp.study.archive import Folders
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import Choice, Painting, jobs, paintings, shown
-from diffexp.study.pace import Times, Work, why_unknown
+from diffexp.study.pace import Times, Work, impractical
 from diffexp.study.paper import Figure, Tuning, chosen
 from diffexp.study.scales import SCALES, Scale
 from diffexp.study.trainer import State, Trainer
@@ -103,11 +104,11 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
     workers = workers or (os.cpu_count() or 1 if on_cpu else 1)
     if ahead and (reason := slow(ahead[0].model.precision, where)):
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
-    if dry_run and any(times.expected(recipe, Work(1, 1)) is None for recipe in ahead):
-        console.print("timing a few images of every kind of run; that takes minutes", highlight=False)
-        times.try_out(ahead, workers)
+    if dry_run:
+        times.try_out(ahead, workers, partial(console.print, highlight=False))
     describe(plan.figures, states, pictures, times, workers, console)
-    if reason := untimed(ahead, times, plan.scale):
+    if large := [recipe.model.path for recipe in ahead if impractical(recipe)]:
+        reason = f"{large[0]} needs a GPU to be practical; on this CPU nothing is timed"
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if plan.scale.candidates:
         tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task in plan.choice()))
@@ -183,14 +184,6 @@ def describe(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def untimed(recipes: Sequence[Recipe], times: Times, scale: Scale) -> str | None:
-    """Why the time of some recipe is unknown, and what to do; None where a dry run would tell."""
-    unknown = (recipe for recipe in recipes if times.expected(recipe, Work(1, 1)) is None)
-    first = next(iter(scale.recipes.values()))
-    reasons = (why_unknown(recipe, scale.recipes.get(recipe.algorithm.name, first)) for recipe in unknown)
-    return next(filter(None, reasons), None)
 
 
 def together(runs: Collection[float | None], workers: int, drawing: Collection[float | None] = ()) -> str:
