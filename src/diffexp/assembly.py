@@ -123,7 +123,7 @@ def one_shape(parts: Parts) -> Sampler:
     recipe, sampler, learner = parts.recipe, parts.sampler, parts.learner
     careless = recipe.model.precision == "fp32" and sampler.model.device.type == "cpu"
     updates = recipe.algorithm.minibatches if isinstance(recipe.algorithm, DDPOSettings) else 1
-    sampled, updated = (-(-recipe.samples // (parts * learner.ranks.size)) for parts in (1, updates))
+    sampled, updated = (-(-recipe.samples // (pieces * learner.ranks.size)) for pieces in (1, updates))
 
     def rows() -> int:
         # filling up a call costs as much as samples do: no more rows than a rollout has, and whole steps of an update
