@@ -52,7 +52,7 @@ def step_gradients(ddpo: DDPO, trajectory: Trajectory, advantages: torch.Tensor)
             parameter.grad = None
         for start in range(0, count, MICRO):
             rows = list(range(start, min(start + MICRO, count)))
-            (ddpo.figures(trajectory, i, rows, advantages[rows])["loss"].sum() / count).backward()
+            (ddpo.figures(trajectory, [i], rows, advantages)["loss"].sum() / count).backward()
         found.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).numpy().copy())
     return np.stack(found)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffexp import Recipe, assembly, rewards
 from diffexp.algorithms import DDPO
+from diffexp.algorithms.ddpo import minibatches
 from diffexp.exploration import ConstantGuidance
 from diffexp.rollout import Batch
 
@@ -62,12 +63,11 @@ class Case:
                 for _ in range(self.recipe.sampler.steps):
                     self.unet(self.latents(count))
                 self.score(self.latents(count))
-        for part in self.algorithm.split(
-            Batch([PROMPT] * self.recipe.samples, self.text, ConstantGuidance(5.0), [(0,)]), 0
-        ):
+        scales = self.algorithm.sampler.scales(ConstantGuidance(5.0))
+        for part in minibatches(self.recipe.samples, self.algorithm.minibatches, torch.Generator()):
             for count in pieces(len(part), self.recipe.update.batch):
-                for _ in range(self.recipe.sampler.steps):
-                    self.unet(self.latents(count)).sum().backward()
+                for steps in self.algorithm.passes(scales, count):
+                    self.unet(self.latents(count * len(steps))).sum().backward()
 
     def bare_alignprop(self) -> None:
         learned = sum(self.algorithm.learned_steps(Batch([PROMPT], self.text, ConstantGuidance(5.0), [(0,)])))
@@ -83,7 +83,7 @@ class Case:
 
     def unet(self, x: Tensor) -> Tensor:
         """One pass for both halves of the guidance."""
-        hidden = torch.cat([self.text.hidden[: len(x)], self.text.uncond_hidden.expand(len(x), -1, -1)])
+        hidden = torch.cat([text.expand(len(x), -1, -1) for text in (self.text.hidden[0], self.text.uncond_hidden)])
         inputs = torch.cat([x, x]).to(self.model.dtype), torch.tensor(500), hidden.to(self.model.dtype)
         return self.model.unet(*inputs, return_dict=False)[0][: len(x)].float()
 

@@ -7,7 +7,12 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from test_ddpo import ddpo
+from test_rollout import explored
+
+from diffexp.rollout import Sampler
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -21,11 +26,47 @@ def snr(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def overhead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import overhead
+
+    return overhead
+
+
+@pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import exploration_alone
 
     return exploration_alone
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])
+def test_the_bare_calls_are_those_of_an_iteration(overhead: ModuleType, algorithm: str) -> None:
+    """As many images in as many calls of the network, with and without a graph."""
+    case, calls = overhead.Case(algorithm, 4, 3, "fp32"), []
+    case.model.unet.register_forward_pre_hook(lambda _, inputs: calls.append((len(inputs[0]), torch.is_grad_enabled())))
+    case.iteration()
+    seen = sorted(calls)
+    calls.clear()
+    case.bare()
+    assert sorted(calls) == seen
+    assert seen
+
+
+@pytest.mark.parametrize("model", ["sd"], indirect=True)
+def test_step_gradients_add_up_to_the_updates(
+    snr: ModuleType, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snr, "MICRO", 3)
+    batch, algorithm = explored(sampler.model, 1.0), ddpo(sampler)
+    trajectory, advantages = sampler.rollout(batch, 4), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    found = snr.step_gradients(algorithm, trajectory, advantages)
+    for share in algorithm.losses(trajectory, advantages, [0, 1, 2, 3], 4):
+        share.loss.backward()
+    # the last step's gradient is still there
+    whole = torch.cat([p.grad.flatten() for p in algorithm.learner.parameters.values()]).numpy() - found[-1]
+    np.testing.assert_allclose(found.mean(0), whole, rtol=1e-3, atol=1e-5)
 
 
 def test_signal_and_noise_by_brute_force(snr: ModuleType, tmp_path: Path) -> None:

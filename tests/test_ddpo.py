@@ -162,9 +162,9 @@ def test_minibatches_are_random() -> None:
     assert all(30 <= together[sample] <= 70 for sample in (1, 2, 3, 5, 6, 7)), together
 
 
-def test_steps_of_one_scale_fill_up_a_pass(sampler: Sampler) -> None:
-    """At most ``update.batch`` transitions go through the network together, and no two scales."""
-    twelve, scales = ddpo(sampler, updates=12), (1.0, 5.0, 5.0, 5.0)
+def test_several_steps_fill_up_a_pass(sampler: Sampler) -> None:
+    """At most ``update.batch`` transitions go through the network together, of one prediction each or of two."""
+    twelve, scales = ddpo(sampler, updates=12), (1.0, 5.0, 3.0, 2.0)
     assert [list(twelve.passes(scales, rows)) for rows in (12, 7, 6, 1)] == [
         [[0], [1], [2], [3]],
         [[0], [1], [2], [3]],
@@ -172,6 +172,9 @@ def test_steps_of_one_scale_fill_up_a_pass(sampler: Sampler) -> None:
         [[0], [1, 2, 3]],
     ]
     assert list(ddpo(sampler, updates=12, timestep_weights="masked").passes(scales, 6)) == [[0], [1, 2]]
+    assert list(twelve.passes((0.0, 1.0, 0.0, 1.0), 6)) == [[0, 2], [1, 3]]
+    whole_calls = ddpo(replace(sampler, rows=lambda: 8), updates=12)
+    assert list(whole_calls.passes(scales, 4)) == [[0], [1, 2], [3]], "three steps would be a call and a half"
 
 
 def test_late_timesteps_are_left_out(sampler: Sampler) -> None:

@@ -38,6 +38,15 @@ def test_eq4_holds_for_every_scale(model: TextToImage, w: float, monkeypatch: py
     assert sum(rows) == (4 if w in (0, 1) else 8), "one pass where w is 0 or 1"
 
 
+def test_each_sample_has_its_own_step_and_scale(sampler: Sampler) -> None:
+    path, steps, scales = sampler.rollout(batch(sampler.model), size=4), (3, 0, 2, 0), (5.0, 0.0, 1.0, 2.5)
+    together = sampler.transition(path.latents[1], steps, path.text, scales)
+    for row, (i, w) in enumerate(zip(steps, scales, strict=True)):
+        alone = sampler.transition(path.latents[1, [row]], i, path.text.select([row]), w)
+        torch.testing.assert_close(together.mean[row], alone.mean[0], rtol=1e-4, atol=1e-4)
+        assert together.std[row] == alone.std[0]
+
+
 @pytest.mark.parametrize("low", [0.0, 0.5, 1.0, 5.0])
 def test_on_policy_ratio_is_exactly_one(sampler: Sampler, low: float) -> None:
     path = sampler.rollout(explored(sampler.model, low), size=4)

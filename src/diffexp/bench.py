@@ -254,7 +254,8 @@ def opened(recipe: Recipe, architecture: str) -> TextToImage:
     """A model of random weights, or one that is on this machine."""
     if architecture in ARCHITECTURES:
         return blank(architecture, recipe.model.precision, device(recipe.device))
-    return models.load(architecture, recipe.model.precision, str(device(recipe.device)), variant=recipe.model.variant)
+    settings, where = recipe.model, str(device(recipe.device))
+    return models.load(architecture, settings.precision, where, None, settings.variant, settings.train == "unet")
 
 
 def stand_in(reward: str, where: torch.device) -> Callable[[Tensor, Sequence[str]], Tensor]:

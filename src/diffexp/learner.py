@@ -118,19 +118,18 @@ class Learner:
             self.witnesses.clear()
             for journal, mark in zip(self.journals, self.marks, strict=True):
                 del journal[mark:]
-            found: dict[str, list[Tensor]] = {name: [] for name in names}
+            totals = dict.fromkeys(names, 0.0)
             for start in range(0, len(rows), size):
                 micro = rows[start : start + size]
                 for share in losses(micro, count):
                     (share.loss * self.loss_scale).backward()
                     for name, figure in {"loss": share.loss, **share.figures}.items():
-                        found.setdefault(name, []).append(figure.detach())
+                        totals[name] = totals.get(name, 0.0) + figure.item()
                     self.witnesses.append((micro, {stage: total(tensor) for stage, tensor in share.stages.items()}))
             if self.loss_scale != 1:
                 for gradient in self.gradients():
                     gradient /= self.loss_scale
-            # asked for once at the end: each answer waits until the device has done all that came before
-            return {name: sum(torch.stack(parts).tolist()) if parts else 0.0 for name, parts in found.items()}
+            return totals
 
         return self.batch.fit(attempt)
 

@@ -21,6 +21,9 @@ from diffexp.text import TextEmbedding, concatenate
 Steps = int | Sequence[int]
 """One step of the sampler for all samples, or each sample's own."""
 
+Scales = float | Sequence[float]
+"""One guidance scale for all samples, or each sample's own."""
+
 
 class Conditioning(NamedTuple):
     """The embedding of B prompts, and w(t)."""
@@ -131,23 +134,24 @@ class Sampler:
         return [i for i in range(self.steps) if self.schedule.std(i, self.eta) > 0]
 
     def transition(
-        self, x_t: Float[Tensor, "B C H W"], i: Steps, text: TextEmbedding, w: float, learn: bool = True
+        self, x_t: Float[Tensor, "B C H W"], i: Steps, text: TextEmbedding, w: Scales, learn: bool = True
     ) -> Transition:
         """p(x_{t-1} | x_t, c) of step i, under guidance scale w; without ``learn`` no gradient reaches the network."""
         interruption.check()
         return self.step(x_t, i, text, w, learn)
 
-    def step(self, x_t: Float[Tensor, "B C H W"], i: Steps, text: TextEmbedding, w: float, learn: bool) -> Transition:
+    def step(self, x_t: Float[Tensor, "B C H W"], i: Steps, text: TextEmbedding, w: Scales, learn: bool) -> Transition:
         """A ``transition`` that no signal can end: the run is not saved where its adapters are off."""
-        steps, outputs = [i] * len(x_t) if isinstance(i, int) else i, []
+        steps = list(i) if isinstance(i, Sequence) else [int(i)] * len(x_t)
+        scales, outputs = list(w) if isinstance(w, Sequence) else [float(w)] * len(x_t), []
         with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
             for rows, count in self.calls(len(x_t)):
-                t = [self.schedule.timesteps[steps[row]] for row in rows]
-                outputs.append(self.model.predict(x_t[rows], t, text.select(rows), w)[:count])
+                t, own = [self.schedule.timesteps[steps[row]] for row in rows], [scales[row] for row in rows]
+                outputs.append(self.model.predict(x_t[rows], t, text.select(rows), own)[:count])
         return ddim(self.schedule, steps, x_t, torch.cat(outputs), self.eta)
 
     def base_transition(
-        self, x_t: Float[Tensor, "B C H W"], i: Steps, prompts: Sequence[str], text: TextEmbedding, w: float
+        self, x_t: Float[Tensor, "B C H W"], i: Steps, prompts: Sequence[str], text: TextEmbedding, w: Scales
     ) -> Transition:
         """What the untouched model would make of step i; without a gradient. Needs that an adapter is what learns."""
         with torch.no_grad(), self.model.base():

@@ -137,11 +137,13 @@ class DDPO(Algorithm):
     def passes(self, scales: Sequence[float], rows: int) -> Iterator[list[int]]:
         """The learned steps, those together that go through the network together: few samples don't make a full batch.
 
-        They share one guidance scale, on which it depends whether a step takes one prediction or two.
+        Steps that take one prediction, the conditional or the unconditional, are not mixed with those that take both.
         """
-        size = max(1, self.learner.batch.size // rows)
-        for scale in dict.fromkeys(scales):
-            steps = [i for i in self.learned_steps() if scales[i] == scale]
+        room, call = self.learner.batch.size, self.sampler.rows() if self.sampler.rows else 1
+        size = max(1, (room - room % call) // rows)  # nothing is filled up but a last call
+        kinds = [scale if scale in (0, 1) else None for scale in scales]
+        for kind in dict.fromkeys(kinds):
+            steps = [i for i in self.learned_steps() if kinds[i] == kind]
             yield from (steps[start : start + size] for start in range(0, len(steps), size))
 
     def figures(
@@ -150,7 +152,7 @@ class DDPO(Algorithm):
         """The loss of some steps of some samples, and what tells how far the policy has moved: each (steps · rows,)."""
         i, samples = [index for index in steps for _ in rows], rows * len(steps)
         x_t, x_prev = trajectory.latents[i, samples], trajectory.latents[1:][i, samples]
-        old, w = trajectory.log_probs[i, samples], trajectory.scales[steps[0]]
+        old, w = trajectory.log_probs[i, samples], [trajectory.scales[index] for index in i]
         prompts = [trajectory.prompts[sample] for sample in samples]
         text = self.sampler.current(prompts, trajectory.text.select(samples))
         step = self.sampler.transition(x_t, i, text, w)

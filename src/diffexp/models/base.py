@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffexp.diffusion import NoiseSchedule
+from diffexp.diffusion import NoiseSchedule, rowwise
 from diffexp.errors import UserError
 from diffexp.models.schedulers import noise_schedule
 from diffexp.text import TextEmbedding, Words, concatenate
@@ -98,21 +98,22 @@ class TextToImage(ABC):
         """The text encoders by their folder names."""
 
     def predict(
-        self, x_t: Float[Tensor, "B C H W"], t: int | Sequence[int], text: TextEmbedding, w: float
+        self, x_t: Float[Tensor, "B C H W"], t: int | Sequence[int], text: TextEmbedding, w: float | Sequence[float]
     ) -> Float[Tensor, "B C H W"]:
         """Eq. 4: ε̃(x_t, t, c) = ε(x_t, t) + w (ε(x_t, t, c) − ε(x_t, t)), for every w, also below 1.
 
-        ``t`` is one timestep for all samples, or each sample's own. The only place with this formula. Where w is 1 or 0
-        one of the two predictions drops out, and with it half of the work. Ho and Salimans 2022.
+        ``t`` and ``w`` are the same for all samples, or each sample's own. The only place with this formula. Where w is
+        1 or 0 one of the two predictions drops out, and with it half of the work. Ho and Salimans 2022.
         """
-        if w == 1:
+        scales = [w] * len(x_t) if isinstance(w, int | float) else w
+        if set(scales) == {1}:
             return self.network(x_t, t, text.hidden, text.pooled)
         null = text.unconditional()
-        if w == 0:
+        if set(scales) == {0}:
             return self.network(x_t, t, null.hidden, null.pooled)
         both, twice = concatenate([text, null]), t if isinstance(t, int) else [*t, *t]
         conditional, unconditional = self.network(torch.cat([x_t, x_t]), twice, both.hidden, both.pooled).chunk(2)
-        return unconditional + w * (conditional - unconditional)
+        return unconditional + rowwise(scales, x_t) * (conditional - unconditional)
 
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
         """Images in [0, 1], float32, with gradients to the latents where they ask for them."""
