@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,8 +162,14 @@ def test_unfinished_runs_go_on_and_strangers_are_refused(tmp_path: Path, sd_fold
     state = State.look(job, Folders(folder.parent))
     assert (state.iteration, state.finished, str(state)) == (1, False, "at iteration 1")
     assert state.left == (2 * 2 + 3 * 2 * 2) / 2
-    with pytest.raises(UserError, match="holds a run of another recipe: choose another --out"):
+    smaller = replace(job, recipe=Recipe.parse(job.recipe.model_dump(), "test", {"update.batch": 1}))
+    assert State.look(smaller, Folders(folder.parent)).job.recipe == job.recipe, "it goes on as it began"
+    with pytest.raises(UserError, match="holds a run of another recipe: choose another folder"):
         call("1", tmp_path, settings | {"samples": 4})
+    with pytest.raises(UserError, match="was trained before tuning, which may choose other settings"):
+        call("all", tmp_path, settings)
+    with pytest.raises(UserError, match="--seeds says how many"):
+        call("1", tmp_path, settings | {"seed": 4})
 
 
 def test_times_know_alike_runs_only(tmp_path: Path, sd_folder: Path) -> None:

@@ -1,9 +1,9 @@
 """What the paper claims by each figure, what of it can be tested here, and the rule of the verdict.
 
-A test is passed where the whole 95 % interval lies on the claimed side, failed where the estimate lies on the other,
-and open in between. A claim is reproduced if all of its tests are passed, not reproduced if all of them fail, and
-partly otherwise. Tests of a single pair of seeds, which has no interval, and of a level that no run reached, or that
-nobody gained, are not determined and do not count.
+A test is passed where the whole 95 % interval lies on the claimed side, failed where it lies on the other, and open in
+between. A claim is reproduced if all of its tests are passed, partly if some are; if none is, not reproduced where one
+fails, and open where none does. Tests of a single pair of seeds, which has no interval, of a level that too few runs
+reached to bound their median, or that nobody gained, are not determined and do not count.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from diffexp.study.statistics import Estimate, Ratio
 
 
 class Verdict(Enum):
-    """What a test or a claim came to. ``PARTLY`` is a test that stays open, or a claim of which only a part holds."""
+    """What a test or a claim came to. Only of a claim a part may hold: ``PARTLY``."""
 
     REPRODUCED = "reproduced"
     PARTLY = "partly"
+    OPEN = "open"
     NOT = "not reproduced"
     UNKNOWN = "not determined"
     MISSING = "not run yet"
@@ -103,20 +104,22 @@ CLAIMS = {
 
 def of_ratio(ratio: Ratio | None) -> Verdict:
     """Whether a method needs fewer queries than its baseline."""
-    if ratio is None or ratio.high is None or (ratio.least == 0 and ratio.most == float("inf")):
+    if ratio is None or ratio.low is None or ratio.high is None:
+        return Verdict.UNKNOWN
+    if ratio.least == 0 and ratio.most == float("inf"):
         return Verdict.UNKNOWN
     if ratio.high < 1:
         return Verdict.REPRODUCED
-    return Verdict.NOT if ratio.least >= 1 else Verdict.PARTLY
+    return Verdict.NOT if ratio.low >= 1 else Verdict.OPEN
 
 
 def of_difference(difference: Estimate) -> Verdict:
     """Whether a difference is above 0."""
-    if difference.low is None:
+    if difference.low is None or difference.high is None:
         return Verdict.UNKNOWN
     if difference.low > 0:
         return Verdict.REPRODUCED
-    return Verdict.NOT if difference.value <= 0 else Verdict.PARTLY
+    return Verdict.NOT if difference.high <= 0 else Verdict.OPEN
 
 
 def together(verdicts: Sequence[Verdict]) -> Verdict:
@@ -126,4 +129,6 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
     known = {verdict for verdict in verdicts if verdict is not Verdict.UNKNOWN}
     if not known:
         return Verdict.UNKNOWN
-    return known.pop() if len(known) == 1 else Verdict.PARTLY
+    if Verdict.REPRODUCED in known:
+        return Verdict.REPRODUCED if len(known) == 1 else Verdict.PARTLY
+    return Verdict.NOT if Verdict.NOT in known else Verdict.OPEN

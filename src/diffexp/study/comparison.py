@@ -8,6 +8,7 @@ had the reward score; evaluation asks for none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from diffexp.study.statistics import (
     queries_to_level,
     query_ratio,
     smooth,
+    too_narrow,
 )
 
 if TYPE_CHECKING:
@@ -77,8 +79,8 @@ class Level:
     def median(self) -> Reach:
         """The median over seeds; not reached, with the median of what was spent, if half of the seeds were censored."""
         spent = float(np.median([reach.queries for reach in self.reaches.values()]))
-        known = np.median([reach.queries if reach.reached else np.inf for reach in self.reaches.values()])
-        return Reach(spent, bool(np.isfinite(known)))
+        known = float(np.median([reach.queries if reach.reached else np.inf for reach in self.reaches.values()]))
+        return Reach(known, True) if np.isfinite(known) else Reach(spent, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +149,12 @@ def analyse(runs: Sequence[Run]) -> Comparison:
                 f"{' / '.join(run.objective)}: compare runs of the same prompts and reward"
             )
     arms = arms_of(runs)
-    results = [result(arm, baseline_of(arm, arms), objective) for arm in arms]
+    baselines = [baseline_of(arm, arms) for arm in arms]
+    ends = [min((float(c.queries[-1]) for c in arm.curves(objective).values()), default=math.inf) for arm in arms]
+    results = [
+        result(arm, own, objective, min(e for e, other in zip(ends, baselines, strict=True) if other is own))
+        for arm, own in zip(arms, baselines, strict=True)
+    ]
     return Comparison(objective, results, _notes(results, objective))
 
 
@@ -172,9 +179,9 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 
 
 def baseline_of(arm: Arm, arms: Sequence[Arm]) -> Arm:
-    """The first plain arm of the same algorithm; if there is none, the first arm."""
-    plain = (a for a in arms if not a.first.explores and a.first.algorithm == arm.first.algorithm)
-    return next(plain, arms[0])
+    """The first plain arm of the same algorithm, if possible with a seed of this one; without any, the first arm."""
+    plain = [a for a in arms if not a.first.explores and a.first.algorithm == arm.first.algorithm]
+    return next((a for a in plain if set(a.runs) & set(arm.runs)), plain[0] if plain else arms[0])
 
 
 def _label(run: Run, namesakes: Sequence[Run]) -> str:
@@ -185,13 +192,16 @@ def _label(run: Run, namesakes: Sequence[Run]) -> str:
     return f"{run.label} ({', '.join(f'{key}={cut(str(run.recipe.get(key)), 60)}' for key in differing)})"
 
 
-def result(arm: Arm, baseline: Arm, objective: Measure) -> Result:
-    """What one measure says of an arm beside its baseline, which may be the arm itself."""
+def result(arm: Arm, baseline: Arm, objective: Measure, common: float = math.inf) -> Result:
+    """What one measure says of an arm beside its baseline, which may be the arm itself.
+
+    The area under the curve is that of as many queries as both had, and at most ``common``.
+    """
     measures = dict.fromkeys(measure for run in arm.runs.values() for measure in run.evaluations)
     start = float(np.mean([curve.values[0] for curve in baseline.curves(objective).values()]))
     goal = float(np.mean(baseline.final(objective)))
     times = [run.seconds for run in arm.runs.values() if run.seconds is not None]
-    budget = min(c.queries[-1] for a in (arm, baseline) for c in a.curves(objective).values())
+    budget = min(common, *(float(c.queries[-1]) for a in (arm, baseline) for c in a.curves(objective).values()))
     gains = goal > start and budget > 0
     areas = [nauc(c.queries, c.values, start, goal, budget) for c in arm.curves(objective).values()] if gains else []
     return Result(
@@ -221,8 +231,8 @@ def _notes(results: Sequence[Result], objective: Measure) -> list[str]:
     fewest = min(len(result.arm.runs) for result in results)
     if fewest == 1:
         notes.append("An arm with one seed has no interval: its result may be chance.")
-    elif fewest < 10:
-        notes.append(f"Bootstrap intervals of {fewest} seeds are too narrow: read them as the least spread there is.")
+    elif note := too_narrow(fewest):
+        notes.append(note)
     for result in results:
         arm, baseline = result.arm, result.baseline
         if arm is not baseline and not set(arm.runs) & set(baseline.runs):

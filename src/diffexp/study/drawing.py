@@ -207,11 +207,22 @@ def axes(one: Measured) -> figures.Panel:
 
 
 def measures(recipe: Recipe, panel: Panel) -> list[Measure]:
-    """What a panel shows of a run: one measure for each prompt set and reward that it asks for."""
+    """What a panel shows of a run: one measure for each prompt set and reward that it asks for.
+
+    Raises:
+        UserError: if the recipe evaluates none.
+    """
     trained = [member.name for member in parse(recipe.reward)]
     rewards = [reward for reward in recipe.evaluation.rewards or trained if (reward in trained) != panel.held_out]
     sets = recipe.evaluation.prompts or (recipe.prompts,)
     prompts = [name for name in sets if (name == recipe.prompts) != panel.unseen]
+    if not (prompts and rewards):
+        raise UserError(
+            f"figure panel {panel.title!r} has nothing to show of evaluation.prompts = {list(sets)} and "
+            f"evaluation.rewards = {list(recipe.evaluation.rewards or trained)}: it needs "
+            f"{'other prompts than' if panel.unseen else 'also'} {recipe.prompts!r}"
+            f"{', and a held-out reward' if panel.held_out else ''}"
+        )
     return [Measure(name, reward) for name in prompts for reward in rewards]
 
 

@@ -89,13 +89,16 @@ def paired(measured: Measured, one: Arm, other: Arm) -> Estimate:
 def diversity_gain(measured: Measured, arm: Arm, baseline: Arm) -> Estimate | None:
     """How much more diverse an arm's images are at equal reward, paired by seed; None where nothing can be compared.
 
-    The reward is the highest that both runs of a seed reach, by their smoothed curves.
+    The reward is the highest that both runs of a seed reach, by their smoothed curves; a pair of which one never gains
+    anything would compare the untouched model with itself.
     """
     gains = []
     for seed in shared(measured, arm, baseline):
         pairs = [equal(measured.arms[which].runs[seed], measured.measure) for which in (arm, baseline)]
         if all(len(diversity) for _, diversity in pairs):
             level = min(float(rewards.max()) for rewards, _ in pairs)
+            if level <= max(float(rewards[0]) for rewards, _ in pairs):
+                continue
             mine, theirs = (at_level(rewards, diversity, level) for rewards, diversity in pairs)
             gains.append((mine or 0.0) - (theirs or 0.0))
     return bootstrap_mean(gains) if gains else None

@@ -83,6 +83,10 @@ def reproduce(
         UserError: for a name that is none, settings that make no recipe, a folder of other runs, or a run that failed.
     """
     figures = chosen(name, scale)
+    if "seed" in overrides:
+        raise UserError("--set seed: the runs of a figure have seeds 0, 1, 2 …; --seeds says how many")
+    if source and dry_run:
+        raise UserError("--dry-run: with --from nothing is trained; leave one of them out")
     with TemporaryDirectory() as kept:
         if store and (store / archive.FILE).is_file():
             archive.unpack(store / archive.FILE, Path(kept))
@@ -90,7 +94,7 @@ def reproduce(
         if not source:
             make(plan, workers, dry_run, console)
         target = store or source
-        if target and (source or not dry_run):
+        if target and not dry_run:
             keep(plan, target, console)
 
 
@@ -116,7 +120,15 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
     if dry_run:
         return
     tried = [name for name, figure in plan.figures.items() if isinstance(figure, Tuning)]
-    for stage in (replace(plan, figures={name: plan.figures[name] for name in tried}), plan):
+    first = replace(plan, figures={name: plan.figures[name] for name in tried})
+    trials = first.states()
+    early = [state.folder for state in states if state.job.name not in {trial.job.name for trial in trials}]
+    if any(not trial.finished for trial in trials) and (there := [folder for folder in early if folder.is_dir()]):
+        raise UserError(
+            f"--out: {there[0]} was trained before tuning, which may choose other settings: choose another --out, or "
+            "remove that folder"
+        )
+    for stage in (first, plan):
         # the second stage's recipes are known when the first is finished
         Trainer(stage.states(), times, workers, on_cpu, console).run()
     drawing = plan.drawing(plan.runs.trained / "figures")
@@ -131,8 +143,11 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
 def keep(plan: Plan, store: Path, console: Console) -> None:
     """The numbers of all runs that are finished into the ``store``, figures of them, and a document beside it.
 
+    The document has all figures of the paper, whichever was asked for: they share one store. Of ours it has those that
+    were asked for or have runs of their own.
+
     Raises:
-        UserError: if there are neither runs nor a store, or the store would lie among the runs.
+        UserError: if there are neither runs nor a store, the store would lie among the runs, or it has other runs.
     """
     file, runs = store / archive.FILE, plan.runs.trained
     if not runs.is_dir():
@@ -145,10 +160,18 @@ def keep(plan: Plan, store: Path, console: Console) -> None:
     elif runs != store:
         raise UserError(f"--from {runs} is a store already: leave --store out")
     with TemporaryDirectory() as unpacked:
-        count = len(archive.unpack(file, Path(unpacked)))
+        kept = {folder.name for folder in archive.unpack(file, Path(unpacked))}
+        paper = chosen("all", plan.scale.name)
+        whole = replace(plan, figures=paper, runs=Folders(store, Path(unpacked)))
+        theirs = {state.job.name for state in whole.states()}  # of the recipes that are asked for, or refused
         drawing = replace(plan, runs=Folders(Path(unpacked))).drawing(store, partly=True)
-        document = write_up.write(plan.figures, drawing, store)
-    console.print(f"{count} runs in {file}; figures beside it; {document}", highlight=False, soft_wrap=True)
+        ours = {
+            name: figure
+            for name, figure in chosen("ours", plan.scale.name).items()
+            if name in plan.figures or (write_up.runs_of(name, drawing) - theirs) & kept
+        }
+        document = write_up.write(paper | ours, drawing, store)
+    console.print(f"{len(kept)} runs in {file}; figures beside it; {document}", highlight=False, soft_wrap=True)
 
 
 def describe(

@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -44,16 +44,21 @@ class State:
     def look(cls, job: Job, runs: Folders, images: bool = False) -> State:
         """What the run's folder says, or a store's numbers, unless ``images`` of the run are wanted.
 
+        A run goes on with the batch sizes and the precision that it began with.
+
         Raises:
             UserError: if it holds the run of another recipe.
         """
         folder, numbers = runs.trained / job.name, runs.kept / job.name if runs.kept else None
-        if differs(folder, job):
-            raise UserError(
-                f"--out: {folder} holds a run of another recipe: choose another --out, or remove that folder"
-            )
+        if differs(folder, job, MACHINE):
+            raise UserError(f"{folder} holds a run of another recipe: choose another folder, or remove that one")
         if numbers and differs(numbers, job, MACHINE):
-            raise UserError(f"--store: it has a run {job.name} of another recipe: choose another --store")
+            raise UserError(
+                f"the store has a run {job.name} of another recipe: choose another --store, or the --scale and --set "
+                "that it was made with"
+            )
+        if (folder / CONFIG).is_file():
+            job = replace(job, recipe=Recipe.load(folder / CONFIG))
         if finished(folder, job.recipe) or (numbers and not images and archive.complete(numbers)):
             return cls(job, folder, job.recipe.iterations)
         newest = checkpoint.read_newest(folder / CHECKPOINTS)
@@ -183,7 +188,7 @@ class Trainer:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def differs(folder: Path, job: Job, free: Collection[str] = ()) -> bool:
+def differs(folder: Path, job: Job, free: Collection[str]) -> bool:
     """Whether a folder holds another run than the job's, whatever settings are ``free``."""
     if not (folder / CONFIG).is_file():
         return False

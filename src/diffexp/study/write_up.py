@@ -15,6 +15,7 @@ from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import jobs
 from diffexp.study.findings import Measured, findings, rows, start, verdict
 from diffexp.study.paper import Figure, Tuning
+from diffexp.study.statistics import too_narrow
 from diffexp.study.variants import TITLES
 
 SECTION = "study"
@@ -34,7 +35,7 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
     cut_short = {name for name, needed in planned.items() if needed - finished}
     so_far = f"\n\n**So far {len(finished)} of the {len(runs)} runs are finished.**" if cut_short else ""
     mixed = f"\n\n{text}" if (text := precisions([drawing.runs.find(run) for run in sorted(finished)])) else ""
-    parts = [f"### The paper's claims{so_far}{mixed}\n\n{claims(measured, cut_short)}"]
+    parts = [f"### The paper's claims{so_far}{mixed}\n\n{claims(measured, cut_short)}{narrow(measured)}"]
     for name, figure in figures.items():
         if isinstance(figure, Tuning):
             parts.append(tried(figure, drawing))
@@ -67,12 +68,20 @@ def claims(measured: Mapping[str, list[Measured]], cut_short: Collection[str]) -
     for name, claim in CLAIMS.items():
         found = findings(name, measured.get(name, []))
         counts = Counter(finding.verdict for finding in found)
-        unknown = counts[Verdict.UNKNOWN]
-        parts = [f"{counts[Verdict.REPRODUCED]} of {tests(len(found) - unknown)}"] if len(found) > unknown else []
-        parts += [f"{tests(unknown)} not determined"] * bool(unknown) + ["so far"] * (name in cut_short)
+        unknown, failed = counts[Verdict.UNKNOWN], counts[Verdict.NOT]
+        parts = [f"{counts[Verdict.REPRODUCED]} of {tests(len(found) - unknown)} passed"] * (len(found) > unknown)
+        parts += [f"{failed} failed"] * bool(failed)
+        parts += [f"{unknown} not determined"] * bool(unknown) + ["so far"] * (name in cut_short)
         detail = f" ({', '.join(parts)})" if found else ""
         table.append(f"| {name} | {claim.says} | **{verdict(found).value}**{detail} |")
     return "\n".join(table)
+
+
+def narrow(measured: Mapping[str, list[Measured]]) -> str:
+    """What to know of the intervals of few seeds, and so of the tests; empty where there are no such."""
+    pairs = {finding.pairs for name in CLAIMS for finding in findings(name, measured.get(name, []))}
+    notes = [note for note in map(too_narrow, sorted(pairs)) if note]
+    return "".join(f"\n\n{note} As often a test is passed where there is nothing." for note in notes)
 
 
 def tests(count: int) -> str:
