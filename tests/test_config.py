@@ -12,7 +12,7 @@ from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.foreign import OTHER_NAMES
 from diffexp.settings import AlgorithmSettings, AlignPropSettings
-from diffexp.toml import parse_override, shipped
+from diffexp.toml import parse_override, read_toml, shipped
 
 
 def recipe(tmp_path: Path, text: str) -> Path:
@@ -226,3 +226,13 @@ def test_the_threshold_is_given_one_way_or_the_other() -> None:
 def test_a_list_whose_quotes_the_shell_took() -> None:
     with pytest.raises(UserError, match=r"""write a list: '\["pickscore", "imagereward"\]', in single quotes"""):
         Recipe.load("demo", {"evaluation.rewards": "[pickscore,imagereward]"})
+
+
+@pytest.mark.parametrize("value", [float("inf"), [{"a": 1}], {"a key": 1}])
+def test_settings_of_an_own_algorithm_survive_the_runs_folder(value: object, tmp_path: Path) -> None:
+    own = {"name": "examples/reinforce.py:Reinforce", "batch": 4, "rates": (0.5, 1.0), "more": {"deep": ["x"]}}
+    kept = Recipe.parse({"algorithm": own}, "test")
+    (tmp_path / "config.toml").write_text(kept.to_toml())
+    assert read_toml(tmp_path / "config.toml")["algorithm"] == {**own, "rates": [0.5, 1.0]}
+    with pytest.raises(UserError, match=r"its settings can't be kept in a run's config\.toml"):
+        Recipe.parse({"algorithm": {**own, "limit": value}}, "test")

@@ -132,6 +132,21 @@ def test_a_gradient_travels_scaled_through_fp16(weight: float, scale: float) -> 
     assert norms[1.0] == (0.0 if weight < 1 else norms[2.0**14])
 
 
+def test_a_bad_sample_is_no_overflow() -> None:
+    """The square root's derivative at 0 is infinite under any scale: with the sample, the lowered scale goes."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    one = learner(p, loss_scale=2.0**14, max_dropped=0.5)
+    samples = one.samples(["x"] * 4)
+
+    def losses(rows: list[int], count: int) -> Iterator[Share]:
+        yield Share(sum((p * (row != 2)).sum() if row != 2 else (p * 0).sqrt().sum() for row in rows) / count)
+
+    figures = one.update(samples, losses)
+    assert list(samples.dropped) == [2]
+    assert one.loss_scale == 2.0**14
+    assert figures["grad_norm"] == pytest.approx(1.0)
+
+
 def test_scaling_changes_no_gradient_of_float32() -> None:
     data, seen = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), []
     for scale in (1.0, 2.0**14):

@@ -65,7 +65,9 @@ def test_plain_diffusers_paints_the_same_image(
     """With an adapter on the network and on all text encoders, from either file."""
     folder = request.getfixturevalue(f"{kind}_folder")
     model = with_lora(models.load(str(folder)), lora.TEXT_ATTENTION)
+    lora.save(model, tmp_path, "before the folder was renamed")
     _, kohya = lora.save(model, tmp_path, "mine")
+    assert [file.name for file in tmp_path.glob("*.kohya.safetensors")] == ["mine.kohya.safetensors"]
     path = our_cat(model, steps=4)
     tolerance = 1e-5 if file == "folder" else 1e-3  # the kohya file is float16
     painted = cat_of_diffusers(folder, path, tmp_path if file == "folder" else kohya)

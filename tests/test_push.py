@@ -47,6 +47,7 @@ def run(tmp_path: Path) -> Path:
     (lora / "images").mkdir(parents=True)
     for name in ("pytorch_lora_weights.safetensors", "run.kohya.safetensors", "README.md", "notes.txt", ".env"):
         (lora / name).write_text(name)
+    (lora / ".tmp-run.kohya.safetensors").write_text("left by a process that was killed")
     for name in ("after-0.png", "curve.svg", "secret.pem"):
         (lora / "images" / name).write_text(name)
     (tmp_path / "run" / "config.toml").write_text("")

@@ -387,3 +387,13 @@ def unnumber(saved: Path) -> None:
     names = (checkpoint.TENSORS, checkpoint.NUMBERS)
     manifest = {name: checkpoint.fingerprint((saved / name).read_bytes()) for name in names}
     (saved / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_changed_inputs_are_named_without_their_digests() -> None:
+    before = {"torch": "2.1", "reward": "a1", "prompts": "b1", "code": "c1"}
+    assert provenance.changes(before, {**before, "reward": "a2"}) == "reward has changed"
+    assert (
+        provenance.changes(before, {**before, "prompts": "b2", "torch": "2.2"})
+        == "prompts have changed, torch was 2.1 and is 2.2"
+    )
+    assert provenance.changes({"torch": "2.1"}, before) == "", "an older checkpoint says nothing of its inputs"

@@ -68,6 +68,16 @@ def test_scores_of_pngs(mode: str) -> None:
     assert answer.json["scores"] == pytest.approx(grey if mode == "L" else [1 / 3, 0.4 / 3], abs=1e-6)
 
 
+def test_a_second_png_header_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size that the limits let pass in the first header, a larger one in the next: Pillow goes by the last."""
+    small, large = (png(np.zeros((side, side, 3), dtype=np.uint8), "RGB") for side in (8, 64))
+    forged = small[:33] + large[8:]  # the signature and IHDR take 33 bytes
+    with serving(BRIGHT) as server:
+        (answer,) = send(server.url, post(form([("images", "image/png", forged), ("prompts", "", b'["x"]')])))
+    assert answer.status == 400
+    assert b"an image is no PNG" in answer.body
+
+
 def test_images_of_8_bits_in_a_tensor() -> None:
     images = torch.full((1, 3, 8, 8), 51, dtype=torch.uint8)
     with serving(BRIGHT) as server:

@@ -354,9 +354,16 @@ def main() -> None:
         complain(str(mistake))
     except Exception as error:
         # what typer says about arguments; its versions share no public class for it
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            complain(about_arguments(error))
+        from diffexp.memory import out_of_memory
+
+        if not out_of_memory(error):
             raise
-        complain(about_arguments(error))
+        complain(
+            f"out of memory ({cut(str(error))}): take model.precision = 'bf16', lower rollout.batch, update.batch or "
+            f"sampler.size, or free memory of other programs; {GOES_ON}"
+        )
 
 
 def complain(message: str) -> NoReturn:

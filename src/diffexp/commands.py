@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from diffexp.errors import UserError, cut, printable, writing
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
+from diffexp.memory import MicroBatch
 from diffexp.models.hub import locate
 from diffexp.prompts.files import clean
 from diffexp.report import FILE
@@ -105,7 +107,8 @@ class Painter(NamedTuple):
 
     def paint(self, batch: Batch) -> torch.Tensor:
         """Images (B, 3, H, W) in [0, 1]."""
-        return self.sampler.rollout(batch, self.recipe.rollout.batch).images
+        memory = MicroBatch(self.recipe.rollout.batch, "rollout.batch")
+        return memory.fit(partial(self.sampler.rollout, batch)).images
 
 
 def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:

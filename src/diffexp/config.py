@@ -33,7 +33,7 @@ from diffexp.settings import (
     Settings,
     UpdateSettings,
 )
-from diffexp.toml import assign, check_depth, inherited, read_toml, toml_lines
+from diffexp.toml import assign, check_depth, inherited, read_toml, toml_lines, written_as_read
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -121,6 +121,11 @@ class Recipe(Settings):
     def problems_of_training(self) -> Iterable[str]:
         """What does not go together in a training."""
         steps, algorithm, guidance = self.sampler.steps, self.algorithm, self.exploration.guidance
+        if isinstance(algorithm, OwnAlgorithmSettings) and not written_as_read(algorithm.model_dump()):
+            yield (
+                f"algorithm.name = {algorithm.name!r}: its settings can't be kept in a run's config.toml: take finite "
+                "numbers, texts, true and false, lists of these, and tables with plain names"
+            )
         if guidance and guidance.low > self.sampler.guidance:
             yield (
                 f"exploration.guidance.low = {guidance.low} is above sampler.guidance = {self.sampler.guidance}: "

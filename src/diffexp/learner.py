@@ -84,10 +84,12 @@ class Learner:
         """
         names = ("loss", *figures)
         self.marks = [len(journal) for journal in self.journals]
+        scale = self.loss_scale
         means = self.gradient(samples, losses, part, names)
         for find in (self.seen, self.searched):
             if not finite(means):
                 samples.drop(find(samples.rows(part), samples.count(part), losses))
+                self.loss_scale = scale  # that it was lowered did not help
                 means = self.gradient(samples, losses, part, names)
         if not finite(means):
             self.optimizer.zero_grad()

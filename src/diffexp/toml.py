@@ -233,6 +233,15 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def written_as_read(table: Mapping[str, Any]) -> bool:
+    """Whether a table is still the same when it was written by :func:`toml_lines` and read again."""
+    try:
+        plain = json.loads(json.dumps({key: value for key, value in table.items() if value is not None}))
+        return tomllib.loads("\n".join(toml_lines(plain))) == plain
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def toml_lines(table: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
     """A table as TOML: first its values, then its sections. JSON's strings, numbers and arrays are TOML's too."""
     for key, value in table.items():

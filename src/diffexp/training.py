@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from diffexp.processes.interruption import Interrupted, Interruption
 from diffexp.processes.parallel import join
 from diffexp.randomness import generator
 from diffexp.rewards.base import Scoring
+from diffexp.rewards.checksum import checksum
 from diffexp.rewards.ensemble import Ensemble
 from diffexp.rollout import Batch
 from diffexp.runs import durable
@@ -79,7 +81,8 @@ class Training:
         self.batches = self.rollouts, self.learner.batch
         self.algorithm = assembly.algorithm(recipe, self.sampler, self.learner, Scoring(self.reward), self.rollouts)
         self.interruption = Interruption(self.reporter.warned, self.pause)
-        self.made_with = made_with(self.model.device) | self.model.source.record()
+        inputs = {"reward": checksum(recipe.reward), "prompts": hashlib.sha256(repr(self.prompts).encode()).hexdigest()}
+        self.made_with = made_with(self.model.device) | self.model.source.record() | inputs
         self.iteration = self.queries = 0
         self.observed = False
         self.published: int | None = None  # the iteration of the files in the folder of what is trained

@@ -7,6 +7,7 @@ Each checkpoint holds weights and moments: 10 GB and 31 GB, and as much memory o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from diffexp.errors import UserError
 from diffexp.models.base import TextToImage
 from diffexp.models.header import put_in_order
+from diffexp.runs import durable
 from diffexp.sharing.lora_header import UNET_FILE
 from diffexp.version import __version__
 
@@ -34,7 +36,11 @@ def save(model: TextToImage, folder: Path, metadata: Mapping[str, str] | None = 
     save_file(tensors, unfinished, {"format": "pt", "diffexp.version": __version__, **(metadata or {})})
     with unfinished.open("r+b") as file:
         put_in_order(file)
-    return unfinished.replace(folder / UNET_FILE)
+        file.flush()
+        os.fsync(file.fileno())
+    written = unfinished.replace(folder / UNET_FILE)
+    durable.sync_folder(folder)
+    return written
 
 
 def load(model: TextToImage, folder: Path) -> None:

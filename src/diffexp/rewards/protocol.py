@@ -165,7 +165,9 @@ def _pictures(files: list[bytes], limits: Limits) -> Tensor:
         raise Refused(400, "images must all be of one size")
     width, height = sizes.pop()
     _check_size((len(files), 3, height, width), limits)
-    return torch.stack([_attempt(lambda data=data: _pixels(data), "an image is no PNG") for data in files])
+    return torch.stack(
+        [_attempt(lambda data=data: _pixels(data, (width, height)), "an image is no PNG") for data in files]
+    )
 
 
 def _check_size(shape: Sequence[int], limits: Limits) -> None:
@@ -187,8 +189,10 @@ def _png_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def _pixels(data: bytes) -> Tensor:
+def _pixels(data: bytes, size: tuple[int, int]) -> Tensor:
     with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+        if picture.size != size:  # a later header than the first, which was checked
+            raise ValueError(picture.size)
         if picture.mode not in ("RGB", "RGBA", "L", "P"):
             raise ValueError(picture.mode)
         rgb = picture.convert("RGB")

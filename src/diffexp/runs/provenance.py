@@ -12,6 +12,9 @@ import torch
 
 from diffexp.runs.environment import describe
 
+INPUTS = ("reward", "prompts")
+"""Digests of what a recipe only names."""
+
 INCIDENTAL = ("processes", "python", "system")
 """What changes no number, or only where a library changes too."""
 
@@ -37,4 +40,6 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     different = [key for key in now if key in before and before[key] != now[key]]
     if different == ["code"]:
         return "the code of diffexp has changed"
-    return ", ".join(f"{key} was {before[key]} and is {now[key]}" for key in different if key != "code")
+    inputs = [f"{key} {'has' if key == 'reward' else 'have'} changed" for key in different if key in INPUTS]
+    others = [key for key in different if key not in ("code", *INPUTS)]
+    return ", ".join([*inputs, *(f"{key} was {before[key]} and is {now[key]}" for key in others)])

@@ -44,7 +44,7 @@ def published(run: Path, folder: Path) -> list[Path]:
     Raises:
         UserError: if the LoRA or its card is missing, or one of the files is a link.
     """
-    found = sorted(path for pattern in PUBLISHED for path in folder.glob(pattern))
+    found = sorted(path for pattern in PUBLISHED for path in folder.glob(pattern) if not path.name.startswith("."))
     for needed in (DIFFUSERS_FILE, CARD):
         if folder / needed not in found:
             raise UserError(f"{run}: no lora/{needed}; give the folder of a run that is finished")

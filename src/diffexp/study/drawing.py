@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffexp import assembly, figures
 from diffexp.commands import Painter, open_painter, ways
 from diffexp.config import Recipe
+from diffexp.errors import UserError
 from diffexp.pictures import iterations, open_png
 from diffexp.rewards.spec import parse
 from diffexp.runs.reading import Measure, Run

@@ -33,7 +33,8 @@ HASHED_FROM, HASHED = 0x100000, 0x10000  # what A1111's first hash of a file loo
 def save(model: TextToImage, folder: Path, name: str, metadata: Mapping[str, str] | None = None) -> tuple[Path, Path]:
     """Writes both files of a model's adapters into ``folder`` and returns their paths.
 
-    ``name`` is the stem of the kohya file; ``metadata`` are further strings for both headers.
+    ``name`` is the stem of the kohya file, in place of any other there; ``metadata`` are further strings for both
+    headers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = adapters(model)
@@ -42,6 +43,8 @@ def save(model: TextToImage, folder: Path, name: str, metadata: Mapping[str, str
     configs = json.dumps(diffusers_config(model, found), indent=2, sort_keys=True)
     write(diffusers_file, to_diffusers(found), {METADATA_KEY: configs, **header})
     write(kohya_file, to_kohya(found, model.kohya_text_encoders), header)
+    for earlier in set(folder.glob("*.kohya.safetensors")) - {kohya_file}:
+        earlier.unlink()  # the folder was renamed since
     return diffusers_file, kohya_file
 
 
