@@ -292,6 +292,19 @@ def test_a_dry_run_says_why_it_can_tell_no_time(tmp_path: Path, monkeypatch: pyt
     )
 
 
+def test_what_can_not_be_timed_is_listed_all_the_same(
+    tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UserError("too large")
+
+    monkeypatch.setattr(pace, "measurements", refuse)
+    said = call("1", tmp_path, tiny(sd_folder), dry_run=True)
+    assert "too large" in said
+    assert "2 runs, 0 finished" in said
+    assert "2 at a time: unknown" in said
+
+
 def test_what_a_dry_run_measures_is_a_whole_run(sd_folder: Path) -> None:
     recipe = jobs(["8"], SCALES["emoji"], 1, tiny(sd_folder))[0].recipe
     measured = pace.measure(recipe)

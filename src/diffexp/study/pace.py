@@ -16,6 +16,7 @@ from diffexp.config import Recipe
 from diffexp.devices import device
 from diffexp.emoji import MODELS
 from diffexp.errors import UserError
+from diffexp.memory import out_of_memory
 from diffexp.processes.launch import program
 from diffexp.runs.reading import objects
 from diffexp.runs.records import JsonLines
@@ -75,14 +76,19 @@ class Times:
     def try_out(self, recipes: Iterable[Recipe], workers: int, say: Callable[[str], None]) -> None:
         """Measures what is not known yet, without keeping it: ``workers`` at a time, as runs will share a CPU.
 
-        What a CPU is too slow for is left out.
+        What a CPU is too slow for is left out, and what does not fit into memory stays unknown.
         """
         able = {json.dumps(self.kind(recipe)): recipe for recipe in recipes if not impractical(recipe)}
         unknown = [recipe for recipe in able.values() if self.expected(recipe, Work(1, 1)) is None]
         if unknown:
             say("timing single steps of every kind of run; that takes minutes")
         for recipe in unknown:
-            self.records += [{"kind": self.kind(recipe), **measured} for measured in measurements(recipe, workers)]
+            try:
+                found = measurements(recipe, workers)
+            except UserError as error:
+                say(str(error))
+            else:
+                self.records += [{"kind": self.kind(recipe), **measured} for measured in found]
 
 
 def impractical(recipe: Recipe) -> bool:
@@ -103,7 +109,7 @@ def measurements(recipe: Recipe, workers: int) -> list[dict[str, float]]:
         ]
         said = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
-        raise UserError("the trial that measures this machine's speed failed: its message is above")
+        raise UserError(f"{recipe.model.path} with {recipe.algorithm.name} could not be timed: its message is above")
     return [json.loads(one.splitlines()[-1]) for one in said]
 
 
@@ -119,7 +125,12 @@ def measure(recipe: Recipe) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    print(json.dumps(measure(Recipe.load(arguments[0]))))
+    try:
+        print(json.dumps(measure(Recipe.load(arguments[0]))))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":
