@@ -129,5 +129,6 @@ def test_diversity_is_measured_by_an_encoder_that_is_not_trained_on() -> None:
     assert choose({"mine": own, "judge": Reward()}, ("mine",)).name == "judge"
     assert choose({"mine": own}, ("mine",)).features is thumbnails
     assert choose({"mine": own}, ()).name == "mine"
+    assert choose({"mine": own, "on the same encoder": own}, ("mine",)).features is thumbnails
     black = torch.zeros(2, 3, 8, 8)
     assert pairwise_diversity(choose({}, ())(black).numpy()) == pytest.approx(0)

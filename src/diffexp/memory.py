@@ -63,5 +63,6 @@ def agree(batches: Sequence[MicroBatch], ranks: Ranks) -> Iterator[str]:
     for batch in batches:
         batch.size = -ranks.greatest(-batch.size)
         if batch.size < batch.told:
-            yield f"out of memory: {batch.setting} = {batch.told} is now {batch.size}; the result is the same"
+            change = f"{batch.setting} = {batch.told} is now {batch.size}"
+            yield f"out of memory: {change}; the result is the same, but for rounding"
         batch.told = batch.size

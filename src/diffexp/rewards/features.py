@@ -38,5 +38,7 @@ def choose(rewards: Mapping[str, object], trained: Collection[str]) -> Encoder:
 
     Training bends images to please its own reward's encoder, whose features then say little about them.
     """
+    bent = [encoder_of(reward) for name, reward in rewards.items() if name in trained]  # rewards may share an encoder
     found = ((name, encoder_of(reward)) for name, reward in rewards.items() if name not in trained)
-    return next((Encoder(name, features) for name, features in found if features), Encoder("16×16 pixels", thumbnails))
+    sound = (Encoder(name, features) for name, features in found if features and features not in bent)
+    return next(sound, Encoder("16×16 pixels", thumbnails))
