@@ -215,7 +215,7 @@ class Sampler:
             latents.append(step.sample(randn(noise, self.latent, self.model.device)))
             with torch.no_grad():
                 unknown = latents[-1].new_full((len(batch.prompts),), torch.nan)
-                log_probs.append(step.log_prob(latents[-1]) if i in self.random_steps else unknown)
+                log_probs.append(step.log_prob(latents[-1]) if all(step.std) else unknown)
         return Denoised(latents, log_probs)
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class Sampler:
         for i, w in enumerate(self.scales(policy.guidance)):
             step = self.transition(latents[i], i, policy.text, w, learn=False)
             unknown = latents[i].new_full((len(latents[i]),), torch.nan)
-            found.append(step.log_prob(latents[i + 1]) if i in self.random_steps else unknown)
+            found.append(step.log_prob(latents[i + 1]) if all(step.std) else unknown)
         return found
 
     @torch.no_grad()

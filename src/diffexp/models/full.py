@@ -32,7 +32,7 @@ def save(model: TextToImage, folder: Path, metadata: Mapping[str, str] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     model.unet.save_config(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.unet.state_dict().items()}
-    unfinished = folder / f"{UNET_FILE}.tmp"
+    unfinished = durable.temporary(folder / UNET_FILE)
     save_file(tensors, unfinished, {"format": "pt", "diffexp.version": __version__, **(metadata or {})})
     with unfinished.open("r+b") as file:
         put_in_order(file)

@@ -164,7 +164,7 @@ def keep(plan: Plan, store: Path, console: Console) -> None:
         paper = chosen("all", plan.scale.name)
         whole = replace(plan, figures=paper, runs=Folders(store, Path(unpacked)))
         theirs = {state.job.name for state in whole.states()}  # of the recipes that are asked for, or refused
-        drawing = replace(plan, runs=Folders(Path(unpacked))).drawing(store, partly=True)
+        drawing = whole.drawing(store, partly=True)
         ours = {
             name: figure
             for name, figure in chosen("ours", plan.scale.name).items()

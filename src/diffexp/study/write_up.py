@@ -13,7 +13,7 @@ from diffexp.study.claims import CLAIMS, Verdict
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import jobs
-from diffexp.study.findings import Measured, findings, rows, start, verdict
+from diffexp.study.findings import Finding, Measured, findings, rows, start, verdict
 from diffexp.study.paper import Figure, Tuning
 from diffexp.study.statistics import too_narrow
 from diffexp.study.variants import TITLES
@@ -29,19 +29,20 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
     store.mkdir(parents=True, exist_ok=True)
     document = store.with_name(f"{store.name}.md")
     measured = {name: drawing.measured(name, figure) for name, figure in figures.items()}
+    found = {name: findings(name, panels) for name, panels in measured.items()}
     planned = {name: runs_of(name, drawing) for name in figures}
     runs = set().union(*planned.values())
     finished = {run for run in runs if drawing.runs.find(run).is_dir()}
     cut_short = {name for name, needed in planned.items() if needed - finished}
     so_far = f"\n\n**So far {len(finished)} of the {len(runs)} runs are finished.**" if cut_short else ""
     mixed = f"\n\n{text}" if (text := precisions([drawing.runs.find(run) for run in sorted(finished)])) else ""
-    parts = [f"### The paper's claims{so_far}{mixed}\n\n{claims(measured, cut_short)}{narrow(measured)}"]
+    parts = [f"### The paper's claims{so_far}{mixed}\n\n{claims(found, cut_short)}{narrow(found)}"]
     for name, figure in figures.items():
         if isinstance(figure, Tuning):
             parts.append(tried(figure, drawing))
         elif measured[name]:
             picture = drawing.plotted(name, figure, measured[name])[0]
-            parts.append(described(name, figure, measured[name], f"{store.name}/{picture.name}"))
+            parts.append(described(name, figure, measured[name], found[name], f"{store.name}/{picture.name}"))
     replace_section(document, SECTION, "\n\n".join(parts))
     return document
 
@@ -62,11 +63,11 @@ def runs_of(name: str, drawing: Drawing) -> set[str]:
     return {one.name for one in planned}
 
 
-def claims(measured: Mapping[str, list[Measured]], cut_short: Collection[str]) -> str:
+def claims(findings: Mapping[str, list[Finding]], cut_short: Collection[str]) -> str:
     """Every claim with its verdict; "not run yet" where there is no run, "so far" where some are to come."""
     table = ["| figure | the paper | here |", "| --- | --- | --- |"]
     for name, claim in CLAIMS.items():
-        found = findings(name, measured.get(name, []))
+        found = findings.get(name, [])
         counts = Counter(finding.verdict for finding in found)
         unknown, failed = counts[Verdict.UNKNOWN], counts[Verdict.NOT]
         parts = [f"{counts[Verdict.REPRODUCED]} of {tests(len(found) - unknown)} passed"] * (len(found) > unknown)
@@ -77,9 +78,9 @@ def claims(measured: Mapping[str, list[Measured]], cut_short: Collection[str]) -
     return "\n".join(table)
 
 
-def narrow(measured: Mapping[str, list[Measured]]) -> str:
+def narrow(findings: Mapping[str, list[Finding]]) -> str:
     """What to know of the intervals of few seeds, and so of the tests; empty where there are no such."""
-    pairs = {finding.pairs for name in CLAIMS for finding in findings(name, measured.get(name, []))}
+    pairs = {finding.pairs for found in findings.values() for finding in found}
     notes = [note for note in map(too_narrow, sorted(pairs)) if note]
     return "".join(f"\n\n{note} As often a test is passed where there is nothing." for note in notes)
 
@@ -89,7 +90,7 @@ def tests(count: int) -> str:
     return f"{count} test{'s' if count != 1 else ''}"
 
 
-def described(name: str, figure: Figure, measured: list[Measured], picture: str) -> str:
+def described(name: str, figure: Figure, measured: list[Measured], found: list[Finding], picture: str) -> str:
     """A figure: its picture, a table for each panel and measure, and the tests of its claim."""
     title = f"Figure {name}" if name[0].isdigit() else name.capitalize()
     parts = [f"### {title}: {figure.title}", f"![{title}]({picture})"]
@@ -97,7 +98,7 @@ def described(name: str, figure: Figure, measured: list[Measured], picture: str)
         where = f"{one.panel.title}: {one.measure.reward} on {one.measure.prompts}"
         parts.append(f"**{plain(where)}**; the untouched model has {start(one):.4g}.")
         parts.append(table_text(rows(one)))
-    if found := findings(name, measured):
+    if found:
         table = [["claim", "panel", "number", "pairs", "verdict"]]
         table += [[one.what, one.where, one.number, str(one.pairs), one.verdict.value] for one in found]
         parts.append(table_text(table))
