@@ -1,10 +1,13 @@
-"""Which device a run, or a reward server, computes on."""
+"""Which device a run, or a reward server, computes on, and how numbers get there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from diffexp.errors import UserError, cut
 
@@ -29,6 +32,22 @@ def device(name: str) -> torch.device:
     if found.type == "meta":  # torch knows it everywhere, but it computes nothing
         raise UserError(f"device = {name!r}: not on this machine; take 'cpu' or 'auto'")
     return torch.device(name)
+
+
+def upload(tensor: Tensor, to: torch.device) -> Tensor:
+    """The tensor on another device. From pinned memory to a GPU, so that nobody waits for what the GPU still does."""
+    return tensor.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else tensor.to(to)
+
+
+def numbers(values: Sequence[float], dtype: torch.dtype, on: torch.device) -> Tensor:
+    """A row of numbers (N,) on a device: timesteps, coefficients, indices. It is kept there, and must not be changed."""
+    return kept(tuple(values), dtype, on)
+
+
+@lru_cache(maxsize=1024)
+def kept(values: tuple[float, ...], dtype: torch.dtype, on: torch.device) -> Tensor:
+    """What ``numbers`` returns."""
+    return upload(torch.tensor(values, dtype=dtype), on)
 
 
 def slow(precision: str, on: torch.device) -> str | None:

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, TypeVar
 from jaxtyping import Float
 from torch import Tensor
 
+from diffexp.devices import numbers
+
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Number = TypeVar("Number", float, Tensor)
 
@@ -105,7 +107,7 @@ def ddim(
 
 def rowwise(values: Sequence[float], x: Tensor) -> Float[Tensor, "B 1 1 1"]:
     """One number a sample, to multiply samples like ``x`` with."""
-    return x.new_tensor(values).view(-1, 1, 1, 1)
+    return numbers(values, x.dtype, x.device).view(-1, 1, 1, 1)
 
 
 def denoised(prediction_type: PredictionType, a: float, x_t: Number, output: Number) -> tuple[Number, Number]:

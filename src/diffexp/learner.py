@@ -120,18 +120,19 @@ class Learner:
             self.witnesses.clear()
             for journal, mark in zip(self.journals, self.marks, strict=True):
                 del journal[mark:]
-            totals = dict.fromkeys(names, 0.0)
+            parts: dict[str, list[Tensor]] = {name: [] for name in names}
             for start in range(0, len(rows), size):
                 micro = rows[start : start + size]
                 for share in losses(micro, count):
                     (share.loss * self.loss_scale).backward()
                     for name, figure in {"loss": share.loss, **share.figures}.items():
-                        totals[name] = totals.get(name, 0.0) + figure.item()
+                        parts.setdefault(name, []).append(figure.detach())
                     self.witnesses.append((micro, {stage: total(tensor) for stage, tensor in share.stages.items()}))
             if self.loss_scale != 1:
                 for gradient in self.gradients():
                     gradient /= self.loss_scale
-            return totals
+            # read only now: the host waits for the device once, not after every share
+            return {name: sum(torch.stack(part).tolist()) if part else 0.0 for name, part in parts.items()}
 
         return self.batch.fit(attempt)
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from diffexp.devices import upload
+
 
 def generator(*key: int | str) -> Generator:
     """The CPU generator that belongs to a key. Equal keys give equal streams, on every machine.
@@ -27,4 +29,4 @@ def generator(*key: int | str) -> Generator:
 def randn(generators: Sequence[Generator], shape: Sequence[int], device: torch.device) -> Tensor:
     """Standard normal noise, (B, *shape) in float32: row b comes from ``generators[b]`` alone."""
     rows = [torch.randn(tuple(shape), generator=one) for one in generators]
-    return torch.stack(rows).to(device)
+    return upload(torch.stack(rows), device)

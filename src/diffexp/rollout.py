@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from diffexp.devices import numbers
 from diffexp.diffusion import NoiseSchedule, Transition, ddim
 from diffexp.errors import UserError
 from diffexp.exploration import Exploration, GuidanceSchedule, weighted
@@ -147,7 +148,8 @@ class Sampler:
         with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
             for rows, count in self.calls(len(x_t)):
                 t, own = [self.schedule.timesteps[steps[row]] for row in rows], [scales[row] for row in rows]
-                outputs.append(self.model.predict(x_t[rows], t, text.select(rows), own)[:count])
+                x = x_t[numbers(rows, torch.long, x_t.device)]
+                outputs.append(self.model.predict(x, t, text.select(rows), own)[:count])
         return ddim(self.schedule, steps, x_t, torch.cat(outputs), self.eta)
 
     def base_transition(

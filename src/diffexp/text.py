@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffexp.devices import numbers
+
 Words = list[tuple[int, ...]]  # one prompt's words, each as the positions of its tokens
 
 
@@ -32,7 +34,7 @@ class TextEmbedding(NamedTuple):
 
     def select(self, rows: Sequence[int]) -> TextEmbedding:
         """The embedding of some of the prompts, in the order of ``rows`` (repetitions allowed)."""
-        index = torch.as_tensor(rows, device=self.hidden.device)
+        index = numbers(rows, torch.long, self.hidden.device)
         return self._replace(
             hidden=self.hidden[index],
             words=[self.words[row] for row in rows],

@@ -39,14 +39,14 @@ class PromptAdvantages:
 
     def __call__(self, prompts: Sequence[str], rewards: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """Remembers the rewards of B samples, then compares each with what its prompt has had, itself included."""
-        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        values, advantages = rewards.tolist(), batch_advantages(rewards).tolist()
+        for prompt, reward in zip(prompts, values, strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.buffer)).append(reward)
-        advantages, values = batch_advantages(rewards), rewards.cpu().double()  # MPS has no float64
         for row, prompt in enumerate(prompts):
             past = torch.tensor(list(self.history[prompt]), dtype=torch.float64)
             if len(past) >= self.min_count:
-                advantages[row] = (values[row] - past.mean()) / (past.std(correction=0) + EPS)
-        return advantages
+                advantages[row] = float((values[row] - past.mean()) / (past.std(correction=0) + EPS))
+        return rewards.new_tensor(advantages)
 
     def state(self) -> dict[str, list[float]]:
         """The rewards remembered of each prompt, as plain numbers."""

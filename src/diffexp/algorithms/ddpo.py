@@ -18,6 +18,7 @@ from torch import Tensor
 from diffexp.algorithms.advantages import PromptAdvantages, batch_advantages
 from diffexp.algorithms.base import Algorithm, Outcome, Scorer, reward_metrics, scored_rollout
 from diffexp.algorithms.timesteps import Scheme, step_weights
+from diffexp.devices import numbers
 from diffexp.errors import UserError
 from diffexp.learner import Learner, Share
 from diffexp.memory import MicroBatch
@@ -151,14 +152,16 @@ class DDPO(Algorithm):
     ) -> dict[str, Tensor]:
         """The loss of some steps of some samples, and what tells how far the policy has moved: each (steps · rows,)."""
         i, samples = [index for index in steps for _ in rows], rows * len(steps)
-        x_t, x_prev = trajectory.latents[i, samples], trajectory.latents[1:][i, samples]
-        old, w = trajectory.log_probs[i, samples], [trajectory.scales[index] for index in i]
+        on = trajectory.latents.device
+        at = numbers(i, torch.long, on), numbers(samples, torch.long, on)
+        x_t, x_prev, old = trajectory.latents[at], trajectory.latents[1:][at], trajectory.log_probs[at]
+        w = [trajectory.scales[index] for index in i]
         prompts = [trajectory.prompts[sample] for sample in samples]
         text = self.sampler.current(prompts, trajectory.text.select(samples))
         step = self.sampler.transition(x_t, i, text, w)
         log_prob = step.log_prob(x_prev)
-        credit = log_prob.new_tensor([self.credit[index] for index in i])
-        loss = credit * clipped_policy_loss(log_prob, old, advantages[samples], self.clip)
+        credit = numbers([self.credit[index] for index in i], log_prob.dtype, on)
+        loss = credit * clipped_policy_loss(log_prob, old, advantages[at[1]], self.clip)
         drift = (log_prob - old).detach()
         figures = {
             "loss": loss,

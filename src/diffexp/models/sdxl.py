@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffexp.devices import numbers
 from diffexp.models.base import Source, TextToImage
 from diffexp.models.tokens import spell, tokenize
 from diffexp.text import TextEmbedding, Words
@@ -61,9 +62,9 @@ class StableDiffusionXL(TextToImage):
             raise ValueError("SDXL needs the pooled text embedding")
         height, width = x.shape[-2] * self.pixels, x.shape[-1] * self.pixels
         # original size, crop corner, target size: an uncropped image of the size that is made
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
+        time_ids = numbers([height, width, 0, 0, height, width], self.dtype, self.device)
         added = {"text_embeds": pooled.to(self.dtype), "time_ids": time_ids.expand(len(x), -1)}
-        timestep = torch.tensor(t, device=self.device)
+        timestep = numbers([t] if isinstance(t, int) else t, torch.long, self.device)
         inputs = x.to(self.dtype), timestep, hidden.to(self.dtype)
         with self.computing():
             output = self.unet(*inputs, added_cond_kwargs=added, return_dict=False)[0]

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffexp.devices import numbers
 from diffexp.models.base import Source, TextToImage
 from diffexp.models.tokens import spell, tokenize
 from diffexp.text import TextEmbedding, Words
@@ -43,7 +44,7 @@ class StableDiffusion(TextToImage):
         return spell(self.tokenizer, prompts, units)
 
     def network(self, x: Tensor, t: int | Sequence[int], hidden: Tensor, pooled: Tensor | None) -> Tensor:
-        timestep = torch.tensor(t, device=self.device)
+        timestep = numbers([t] if isinstance(t, int) else t, torch.long, self.device)
         with self.computing():
             output = self.unet(x.to(self.dtype), timestep, hidden.to(self.dtype), return_dict=False)[0]
         return output.to(x.dtype)
