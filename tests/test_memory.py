@@ -63,6 +63,27 @@ def test_other_errors_are_no_matter_of_memory() -> None:
     assert batch.size == 4
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDNN_STATUS_ALLOC_FAILED"),
+        # what is left to say where every way that cuDNN knows ran out of memory
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+    ],
+)
+def test_every_way_to_say_so(error: Exception) -> None:
+    def work(size: int) -> int:
+        if size > 1:
+            raise error
+        return size
+
+    assert MicroBatch(4).fit(work) == 1
+    with pytest.raises(UserError, match="out of memory with batch = 1"):
+        MicroBatch(1).fit(lambda size: work(2))
+
+
 def test_a_gradient_that_ran_out_of_memory_half_way_starts_over() -> None:
     p, data, journal = nn.Parameter(torch.ones(())), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), ["before"]
     learner = Learner([("p", p)], 0.1, batch=MicroBatch(4))

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +26,9 @@ from test_training import contents, recipe
 
 from diffexp import train
 from diffexp.config import Recipe
+from diffexp.errors import UserError
 from diffexp.processes.launch import port
-from diffexp.processes.parallel import Ranks
+from diffexp.processes.parallel import Ranks, refuse_shared
 from diffexp.processes.patience import VARIABLE
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -184,3 +188,12 @@ def test_alone_nothing_is_sent() -> None:
     assert torch.equal(Ranks().gather(rows, 3), rows)
     assert Ranks().total({"a": 1.5}) == {"a": 1.5}
     assert sorted(Ranks(0, 2).share(5) + Ranks(1, 2).share(5)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(["a", "b"], None), (["a", "a"], "2 processes have 1 GPU between them")])
+def test_no_two_processes_share_a_gpu(gpus: list[str], said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gpu = torch.distributed.HashStore(), torch.device("cuda:0")
+    store.set("gpu/1", f"{socket.gethostname()} {gpus[1]}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=gpus[0]))
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        refuse_shared(gpu, store, rank=0, size=2)

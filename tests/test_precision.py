@@ -86,12 +86,22 @@ def test_a_cpu_that_only_pretends_says_so(
     words = "model.precision = 'bf16': this CPU is several times faster in 'fp32'"
     assert slow("bf16", torch.device("cpu")) == (None if able else words)
     assert (slow("fp16", torch.device("cpu")) is None) == able
-    assert slow("fp32", torch.device("cpu")) is slow("bf16", torch.device("cuda")) is None
+    assert slow("fp32", torch.device("cpu")) is None
     told = list[str]()
     reporter = Reporter()
     monkeypatch.setattr(reporter, "warned", told.append)
     train(recipe(str(sd_folder), "ddpo", iterations=1, **{"model.precision": "bf16"}), tmp_path / "run", reporter)
     assert told == ([] if able else [words])
+
+
+@pytest.mark.parametrize(("capability", "able"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_before_ampere_has_no_bf16(
+    capability: tuple[int, int], able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda:0")
+    assert (slow("bf16", gpu) is None) == able
+    assert slow("fp16", gpu) is slow("fp32", gpu) is None
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])

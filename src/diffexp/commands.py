@@ -36,7 +36,8 @@ from diffexp.rewards.spec import check_one
 from diffexp.rollout import Batch, Sampler
 from diffexp.runs import runfolder
 from diffexp.runs.environment import base_commit
-from diffexp.runs.records import CONFIG, grid, save_images, to_images
+from diffexp.runs.names import CONFIG
+from diffexp.runs.records import grid, save_images, to_images
 from diffexp.sharing.lora_header import LoraHeader
 from diffexp.sharing.lora_header import like as recipe_like
 from diffexp.study.comparison import compare as compare_runs
@@ -241,7 +242,7 @@ def explore(name: str, prompt: str, n: int, seed: int, overrides: Sequence[str] 
     for label, exploration in ways(recipe, painter.sampler).items():
         images = painter.paint(plain.explored(exploration))
         values = score(reward, images, plain.prompts)
-        diversity = pairwise_diversity(features(reward, images).numpy())
+        diversity = pairwise_diversity(features(reward, images).cpu().numpy())
         figures = (float(values.mean()), float(values.max()), float(values.std()), diversity)
         table.add_row(label, *(f"{figure:.3f}" for figure in figures))
         report.append(dict(zip(("sampling", "mean", "best", "std", "diversity"), (label, *figures), strict=True)))

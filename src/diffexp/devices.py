@@ -25,12 +25,17 @@ def device(name: str) -> torch.device:
         if 1 < count <= local:
             raise UserError(f"process {local + 1} of this machine finds {count} GPUs: start as many as there are GPUs")
         name = f"cuda:{local % count}"  # a launcher may show each process its own GPU alone
+    absent = UserError(f"device = {cut(repr(name))}: not on this machine; take 'cpu' or 'auto'")
     try:
         found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device = {cut(repr(name))}: not on this machine; take 'cpu' or 'auto'") from error
+        raise absent from error
     if found.type == "meta":  # torch knows it everywhere, but it computes nothing
-        raise UserError(f"device = {name!r}: not on this machine; take 'cpu' or 'auto'")
+        raise absent
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # what a reward of the user's own calls "cuda"
+        # cuDNN's attention computes otherwise where a gradient is wanted: rollout and update would not agree
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
@@ -40,22 +45,26 @@ def upload(tensor: Tensor, to: torch.device) -> Tensor:
 
 
 def numbers(values: Sequence[float], dtype: torch.dtype, on: torch.device) -> Tensor:
-    """A row of numbers (N,) on a device: timesteps, coefficients, indices. It is kept there, and must not be changed."""
+    """Numbers (N,) on a device: timesteps, coefficients, indices. They are kept there, and must not be changed."""
     return kept(tuple(values), dtype, on)
 
 
 @lru_cache(maxsize=1024)
 def kept(values: tuple[float, ...], dtype: torch.dtype, on: torch.device) -> Tensor:
     """What ``numbers`` returns."""
-    return upload(torch.tensor(values, dtype=dtype), on)
+    with torch.inference_mode(False):  # else no later training could use what was first asked for in there
+        return upload(torch.tensor(values, dtype=dtype), on)
 
 
 def slow(precision: str, on: torch.device) -> str | None:
-    """Why a precision is slow on a device; None where it is not.
+    """Why a precision is slow on a device, or fails there; None where it is not.
 
     A processor that can't multiply narrow numbers makes wide ones of them and rounds again: on one with AVX2 alone,
-    bf16 took 5 to 8 times as long as fp32.
+    bf16 took 5 to 8 times as long as fp32. On GPUs before Ampere neither cuDNN's convolutions nor fused attention take
+    bf16, and what torch does in their place needs far more memory.
     """
+    if on.type == "cuda" and precision == "bf16" and torch.cuda.get_device_capability(on) < (8, 0):
+        return "model.precision = 'bf16': this GPU has no products in it and may fail: take 'fp16'"
     if on.type != "cpu" or precision == "fp32" or not torch.backends.mkldnn.is_available():
         return None
     kernels = torch.ops.mkldnn

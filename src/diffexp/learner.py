@@ -63,7 +63,12 @@ class Learner:
         self.marks: list[int] = []
         self.witnesses: list[tuple[list[int], dict[str, Tensor]]] = []  # the attempt's rows, and a number of each stage
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=eps
+            self.parameters.values(),
+            lr=learning_rate,
+            betas=betas,
+            weight_decay=weight_decay,
+            eps=eps,
+            foreach=False,  # all tensors at once would take as much memory again as a whole network's weights
         )
 
     def samples(self, prompts: Sequence[str]) -> Samples:

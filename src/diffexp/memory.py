@@ -8,13 +8,19 @@ from typing import TypeVar
 
 import torch
 
-from diffexp.errors import UserError
+from diffexp.errors import UserError, first_line
 from diffexp.processes.parallel import Ranks
 
 T = TypeVar("T")
 
-SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
-"""What CUDA and MPS, the CPU's allocator, and cuBLAS and cuDNN say."""
+SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "alloc_failed",
+    "unable to find an engine to execute",
+    "unable to find a valid cudnn algorithm",
+)
+"""What CUDA and MPS, the CPU's allocator, cuBLAS, and cuDNN's convolutions say, which try one way after the other."""
 
 
 class MicroBatch:
@@ -41,7 +47,7 @@ class MicroBatch:
                     raise
                 if self.size == 1:
                     raise UserError(
-                        f"out of memory with {self.setting} = 1 ({str(error).splitlines()[0]}): set "
+                        f"out of memory with {self.setting} = 1 ({first_line(error)}): set "
                         "update.checkpoint = ['unet', 'decoder'], take model.precision = 'bf16', or lower "
                         "sampler.size"
                     ) from None

@@ -211,7 +211,7 @@ class Sampler:
         if begun:
             start, latents[0] = begun
             for _ in range(start):  # what the first steps drew
-                randn(noise, self.latent, self.model.device)
+                randn(noise, self.latent, torch.device("cpu"))
         for i, w in list(enumerate(scales))[start:until]:
             step = self.transition(latents[-1], i, batch.text, w, learn is None or learn[i])
             latents.append(step.sample(randn(noise, self.latent, self.model.device)))

@@ -7,6 +7,7 @@ that the number of ranks changes no image. Rewards are gathered once an iteratio
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,9 +170,27 @@ def join(device: torch.device) -> Ranks:
         return Ranks(rank, size, str(device), Heartbeat(store, rank, size, seconds))
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING)))
     heartbeat = Heartbeat(store, rank, size, seconds)  # first: the ranks wait for each other from here on
+    gpu = device if device.type == "cuda" else None
+    if gpu:
+        refuse_shared(gpu, store, rank, size)
     try:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK, device_id=gpu)
     except RuntimeError as error:
         raise Lost(heartbeat.reason(f"the processes cannot connect: {first_line(error)}")) from error
     return Ranks(rank, size, str(device), heartbeat)
+
+
+def refuse_shared(gpu: torch.device, store: dist.Store, rank: int, size: int) -> None:
+    """Refuses two processes on one GPU: NCCL would only say that it is lost. All ranks call it together.
+
+    Raises:
+        UserError: how many GPUs they have.
+    """
+    store.set(f"gpu/{rank}", f"{socket.gethostname()} {torch.cuda.get_device_properties(gpu).uuid}")
+    gpus = {store.get(f"gpu/{other}") for other in range(size)}
+    if len(gpus) < size:
+        raise UserError(
+            f"device = '{gpu}': {size} processes have {len(gpus)} GPU{'s' * (len(gpus) > 1)} between them, and each "
+            "needs its own: start as many as there are GPUs, with device = 'cuda'"
+        )

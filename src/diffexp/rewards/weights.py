@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 from torch import Tensor
 
-from diffexp.errors import UserError, writing
+from diffexp.errors import UserError, first_line, writing
 from diffexp.quiet import no_progress_bars
 from diffexp.rewards.sources import CACHE, TRUST, Source, cache_folder, converted_folder, find_converted, trusted
 
@@ -75,7 +75,7 @@ def frozen(model: type[Model], folder: Path, device: torch.device | str, dtype: 
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **kwargs
             )
     except OSError as error:
-        raise UserError(f"{folder} cannot be read as a {model.__name__}: {_first_line(error)}") from error
+        raise UserError(f"{folder} cannot be read as a {model.__name__}: {first_line(error)}") from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if wrong:
         raise UserError(f"{folder} does not hold a {model.__name__}: {len(wrong)} weights are missing, as {wrong[0]}")
@@ -117,12 +117,8 @@ def _read_tensors(source: Source, file: BinaryIO) -> State:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # A file that is no archive of tensors fails in many ways, each with an error type of its own.
-        raise UserError(f"{source.files[0]} of {source.repo} holds more than tensors: {_first_line(error)}") from error
+        raise UserError(f"{source.files[0]} of {source.repo} holds more than tensors: {first_line(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{source.files[0]} of {source.repo} is no table of tensors")
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
