@@ -236,3 +236,18 @@ def test_settings_of_an_own_algorithm_survive_the_runs_folder(value: object, tmp
     assert read_toml(tmp_path / "config.toml")["algorithm"] == {**own, "rates": [0.5, 1.0]}
     with pytest.raises(UserError, match=r"its settings can't be kept in a run's config\.toml"):
         Recipe.parse({"algorithm": {**own, "limit": value}}, "test")
+
+
+def test_what_a_recipe_evaluates() -> None:
+    """The evaluator, ``diffexp bench``, and the study's counts and figures ask the recipe."""
+
+    def evaluated(**settings: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        recipe = Recipe.parse({"prompts": "animals", "reward": "2*hpsv2+aesthetic", "evaluation": settings}, "test")
+        return recipe.evaluated_prompts, recipe.evaluated_rewards
+
+    assert evaluated() == (("animals",), ("hpsv2", "aesthetic"))
+    assert evaluated(held_out="clipscore") == (("animals",), ("hpsv2", "aesthetic", "clipscore"))
+    assert evaluated(prompts=["text:a cat", "animals", "text:a cat"], rewards=["clipscore"], held_out="clipscore") == (
+        ("text:a cat", "animals"),
+        ("clipscore",),
+    )

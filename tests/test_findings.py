@@ -12,6 +12,7 @@ from rich.console import Console
 
 from diffexp.errors import UserError
 from diffexp.markdown import replace_section
+from diffexp.runs import durable
 from diffexp.study import archive, claims, tuning
 from diffexp.study.archive import Folders
 from diffexp.study.claims import Verdict
@@ -26,8 +27,11 @@ from diffexp.study.trainer import Trainer
 EMOJI = SCALES["emoji"]
 
 
-def write_run(folder: Path, job: Any, gain: float, diversity: float = 0.5) -> None:
-    """A run whose every reward rises from 7 by ``gain`` over its queries, the judge's half as much."""
+def write_run(folder: Path, job: Any, gain: float, diversity: float = 0.5, fall: float = 0.0) -> None:
+    """A run whose every reward rises from 7 by ``gain`` over its queries, the judge's half as much.
+
+    The last evaluation is lower by ``fall``.
+    """
     recipe, run = job.recipe, folder / job.name
     run.mkdir(parents=True)
     (run / "config.toml").write_text(recipe.to_toml())
@@ -41,7 +45,9 @@ def write_run(folder: Path, job: Any, gain: float, diversity: float = 0.5) -> No
             "queries": 64 * k,
             "prompts": prompts,
             "reward": reward,
-            "mean": 7 + (gain / 2 if "judge" in reward else gain) * k / recipe.iterations,
+            "mean": 7
+            + (gain / 2 if "judge" in reward else gain) * k / recipe.iterations
+            - fall * (k == recipe.iterations),
             "std": 1.0,
             "n": 9,
             "diversity": diversity,
@@ -107,6 +113,20 @@ def test_the_document_says_what_the_runs_say(store: Path) -> None:
         redraw(store, scale="sd15")
 
 
+def test_a_store_outlives_a_kill_while_it_is_written(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = store / archive.FILE
+    before = file.read_bytes()
+
+    def killed(path: Path, data: bytes) -> None:
+        path.write_bytes(data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(durable, "write_synced", killed)
+    with pytest.raises(KeyboardInterrupt):
+        archive.pack([], file)
+    assert file.read_bytes() == before
+
+
 def test_a_study_cut_short_says_so(tmp_path: Path) -> None:
     folder, store = tmp_path / "runs", tmp_path / "study"
     for job in jobs(["10a"], EMOJI, seeds=2) + [job for job in jobs(["10b"], EMOJI) if "diffexp" not in job.name]:
@@ -119,6 +139,35 @@ def test_a_study_cut_short_says_so(tmp_path: Path) -> None:
     assert f"**So far 7 of the {len(jobs(chosen('all', 'emoji'), EMOJI))} runs are finished.**" in text
     assert re.search(r"\| 10a \|.*, so far\) \|", text)
     assert "### Figure 10b" not in text, "a baseline alone is compared to nothing"
+
+
+def test_arms_in_different_precisions_are_not_told_apart(tmp_path: Path) -> None:
+    """A seed whose runs differ in more than the method says nothing of the method, however far they are apart."""
+    runs, store = tmp_path / "runs", tmp_path / "study"
+    gains = {"diffexp": 2.0, "threshold-800": 1.5, "threshold-700": 1.0}
+    for job in jobs(["9b"], EMOJI):
+        write_run(runs, job, next((gain for name, gain in gains.items() if name in job.name), 1.0))
+    one = runs / "pickscore-alignprop-diffexp-s1" / "config.toml"
+    one.write_text(one.read_text().replace('precision = "bf16"', 'precision = "fp32"'))
+    archive.pack(sorted(runs.iterdir()), store / archive.FILE)
+    text = redraw(store)
+    tests = [line for line in text.splitlines() if "over DiffExp, t_thres" in line]
+    assert "| +0.5 [+0.5, +0.5]; fp32 against bf16 | 3 | not determined |" in tests[0]
+    assert "| +0.5 [+0.5, +0.5] | 3 | reproduced |" in tests[1]
+    assert "| **reproduced** (1 of 1 test passed, 1 not determined) |" in text
+
+
+def test_figure_10b_compares_the_highest_reward(tmp_path: Path) -> None:
+    """The claim is of "a significantly higher maximum reward value": who ends lower may have been higher before."""
+    runs, store = tmp_path / "runs", tmp_path / "study"
+    for job in jobs(["10b"], EMOJI):
+        explores = "diffexp" in job.name
+        write_run(runs, job, 2.4 if explores else 1.0, fall=1.8 if explores else 0.0)
+    archive.pack(sorted(runs.iterdir()), store / archive.FILE)
+    # 7, 7.6, 8.2, 8.8, 7.6 with DiffExp, smoothed over three evaluations 7, 7.6, 8.2, 8.2, 7.6; 7 to 8 without
+    lines = [line for line in redraw(store, figure="10b").splitlines() if "over AlignProp: higher" in line]
+    assert [line.split(": ")[1].split(" | ")[0] for line in lines] == ["higher maximum"]
+    assert "| +0.2 [+0.2, +0.2] | 3 | reproduced |" in lines[0]
 
 
 def test_a_store_is_small_and_gives_the_runs_back(store: Path, tmp_path: Path) -> None:
@@ -216,6 +265,13 @@ def test_tuning_takes_the_best_mean_of_both_sides(tmp_path: Path) -> None:
 def test_every_figure_of_numbers_in_the_paper_has_a_claim() -> None:
     numbers = {name for name, figure in chosen("all", "emoji").items() if isinstance(figure, Curves | Bars)}
     assert set(claims.CLAIMS) == numbers - {"controls"}, "the controls are ours"
+
+
+def test_each_variant_of_figure_9a_is_tested_in_both_that_it_claims() -> None:
+    """All of them are better "in terms of rewards and sample efficiency" than the baseline."""
+    over = {(test.kind, test.better) for test in claims.CLAIMS["9a"].tests if test.worse == "plain"}
+    variants = ("diffexp", "guidance", "words")
+    assert over == {(kind, name) for kind in ("fewer queries", "higher reward") for name in variants}
 
 
 def ratio(least: float, most: float, low: float | None, high: float | None) -> Ratio:

@@ -216,7 +216,11 @@ def report(
 @app.command()
 def reproduce(
     figure: Annotated[
-        str, typer.Argument(help='A figure of the paper, such as 4 or 9a; "all" of them, or "ours".', metavar="FIGURE")
+        str,
+        typer.Argument(
+            help='A figure of the paper, such as 4 or 9a; "all" of them, with tuning and controls; or "ours".',
+            metavar="FIGURE",
+        ),
     ],
     scale: Annotated[str, typer.Option(help="The model: emoji, sd15 or sdxl.")] = "emoji",
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each kind; default: 5 or 3, as planned.")] = None,

@@ -1,4 +1,4 @@
-"""The sections of a recipe, as types: every setting with its range and its default, which are the paper's."""
+"""The sections of a recipe, as types: every setting, its range, its default, the paper's where the paper has one."""
 
 from __future__ import annotations
 

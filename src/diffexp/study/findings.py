@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from diffexp.runs.names import TITLES
 from diffexp.runs.reading import Measure, Run
 from diffexp.study.claims import CLAIMS, Verdict, of_difference, of_ratio, together
 from diffexp.study.comparison import Arm as Seeds
@@ -14,7 +15,7 @@ from diffexp.study.comparison import Result, result
 from diffexp.study.comparison_report import estimate_text, ratio_text
 from diffexp.study.paper import Arm, Panel
 from diffexp.study.statistics import Array, Estimate, at_level, bootstrap_mean, final_reward, smooth
-from diffexp.study.variants import TITLES, VARIANTS
+from diffexp.study.variants import VARIANTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,11 @@ class Measured:
     panel: Panel
     measure: Measure
     arms: Mapping[Arm, Seeds]
+
+    @property
+    def where(self) -> str:
+        """The panel and its measure, in words."""
+        return f"{self.panel.title}: {self.measure.reward} on {self.measure.prompts}"
 
     @property
     def baseline(self) -> Seeds:
@@ -59,15 +65,26 @@ def findings(name: str, panels: Sequence[Measured]) -> list[Finding]:
 
 def compared(measured: Measured, better: Arm, worse: Arm, kind: str) -> Finding:
     """One test: the better arm beside the worse one."""
-    where = f"{measured.panel.title}: {measured.measure.reward} on {measured.measure.prompts}"
     what = f"{label(better)} over {label(worse)}: {kind}"
-    seeds = shared(measured, better, worse)
     if kind == "fewer queries":
         levels = result(measured.arms[better], measured.arms[worse], measured.measure).levels
         ratio = levels[-1].ratio if levels else None
-        return Finding(where, what, ratio_text(ratio), len(seeds), of_ratio(ratio))
-    difference = paired(measured, better, worse)
-    return Finding(where, what, signed(difference), len(seeds), of_difference(difference))
+        number, found = ratio_text(ratio), of_ratio(ratio)
+    else:
+        difference = paired(measured, better, worse, REWARDS[kind])
+        number, found = signed(difference), of_difference(difference)
+    if why := confounded(measured, better, worse):
+        number, found = f"{number}; {why}", Verdict.UNKNOWN
+    return Finding(measured.where, what, number, len(shared(measured, better, worse)), found)
+
+
+def confounded(measured: Measured, one: Arm, other: Arm) -> str:
+    """Two arms' precisions where runs of a seed differ in them, which may be all that sets them apart; else empty."""
+    for seed in shared(measured, one, other):
+        mine, theirs = (measured.arms[arm].runs[seed].recipe.get("model.precision") for arm in (one, other))
+        if mine != theirs:
+            return f"{mine} against {theirs}"
+    return ""
 
 
 def shared(measured: Measured, one: Arm, other: Arm) -> list[int]:
@@ -76,14 +93,19 @@ def shared(measured: Measured, one: Arm, other: Arm) -> list[int]:
     return [seed for seed in measured.arms[one].curves(measured.measure) if seed in theirs]
 
 
-def paired(measured: Measured, one: Arm, other: Arm) -> Estimate:
-    """How much higher the final reward of one arm is, paired by seed."""
-    curves = [measured.arms[arm].curves(measured.measure) for arm in (one, other)]
-    gains = [
-        final_reward(curves[0][seed].values) - final_reward(curves[1][seed].values)
-        for seed in shared(measured, one, other)
-    ]
-    return bootstrap_mean(gains)
+def highest(values: Array) -> float:
+    """The highest reward of the smoothed curve."""
+    return float(smooth(values).max())
+
+
+REWARDS: Mapping[str, Callable[[Array], float]] = {"higher reward": final_reward, "higher maximum": highest}
+"""What a test of rewards compares of each run's curve."""
+
+
+def paired(measured: Measured, one: Arm, other: Arm, of: Callable[[Array], float]) -> Estimate:
+    """How much higher the reward of one arm is, paired by seed."""
+    mine, theirs = (measured.arms[arm].curves(measured.measure) for arm in (one, other))
+    return bootstrap_mean([of(mine[seed].values) - of(theirs[seed].values) for seed in shared(measured, one, other)])
 
 
 def diversity_gain(measured: Measured, arm: Arm, baseline: Arm) -> Estimate | None:
@@ -134,11 +156,6 @@ def rows(measured: Measured) -> list[list[str]]:
             ]
         )
     return table
-
-
-def start(measured: Measured) -> float:
-    """The untouched model's reward."""
-    return float(np.mean([curve.values[0] for curve in measured.baseline.curves(measured.measure).values()]))
 
 
 def label(arm: Arm) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from diffexp.errors import UserError, unknown
+from diffexp.runs.names import TITLES
 from diffexp.study.scales import ALAMO, ATHLETE, BATMAN, DOLPHIN, OWL, PIZZA, SCALES, STATUE, Scale
-from diffexp.study.variants import TITLES, VARIANTS
+from diffexp.study.variants import VARIANTS
 
 COLUMNS = 4
 """Images in a row of a grid."""
@@ -188,7 +189,7 @@ FIGURES: dict[str, Figure] = {
     "11": Grid(
         "Seen prompts, DDPO",
         [
-            Block("aesthetic", ["dog"], DDPO),
+            Block("aesthetic", ["dog"], DDPO),  # ours
             Block("pickscore", ["a fish playing chess", "a wolf washing the dishes"], DDPO),
         ],
     ),
@@ -202,7 +203,7 @@ FIGURES: dict[str, Figure] = {
     "13": Grid(
         "Unseen prompts, DDPO",
         [
-            Block("aesthetic", ["octopus"], DDPO),
+            Block("aesthetic", ["octopus"], DDPO),  # ours
             Block(
                 "pickscore",
                 ["a cheetah doing laundry", "a hippopotamus driving a car", "a lobster playing soccer"],
@@ -234,7 +235,7 @@ FIGURES: dict[str, Figure] = {
     ),
 }
 OURS = ("9c", "9d", "9e", "masked", "masked-50")
-"""Figures that are not the paper's, and no part of "all"."""
+"""Figures that are not the paper's, and no part of "all", which has tuning and controls besides the paper's."""
 
 
 def wanted(figure: Figure) -> list[tuple[str, Arm]]:
@@ -248,7 +249,7 @@ def wanted(figure: Figure) -> list[tuple[str, Arm]]:
 
 
 def chosen(name: str, scale: str) -> dict[str, Figure]:
-    """The figure of that name, or with "all" every figure of the paper that the scale has; the others are "ours".
+    """The figure of that name, or with "all" every one that the scale has but "ours": the paper's, tuning and controls.
 
     Raises:
         UserError: for an unknown scale or figure, or a figure that the scale has no counterpart of.

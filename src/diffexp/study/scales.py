@@ -143,7 +143,8 @@ SCALES = {
             "aesthetic": Task("animals", "aesthetic", "animals-unseen", "imagereward"),
             # "combining 45 different animal names with 3 different activities"; unseen: Table 2
             "pickscore": Task("animal-activities", "pickscore", "animal-activities-unseen", "imagereward"),
-            # "an ensemble of HPS, Aesthetic, and PickScore"; "150 challenging prompts from Parti". Its weights: ours.
+            # "an ensemble of HPS, Aesthetic, and PickScore"; "150 challenging prompts from Parti". Its weights: ours,
+            # and HPS v2.1: the paper cites v2.0, of which no hash is published.
             "drawbench": Task("drawbench-58", "hpsv2+aesthetic+pickscore", "parti-150"),
         },
     ),

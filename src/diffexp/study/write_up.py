@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from diffexp.markdown import plain, replace_section
+from diffexp.runs.names import TITLES
 from diffexp.runs.reading import read_config
 from diffexp.study import tuning
 from diffexp.study.claims import CLAIMS, Verdict
 from diffexp.study.comparison_report import table_text
 from diffexp.study.drawing import Drawing
 from diffexp.study.experiments import jobs
-from diffexp.study.findings import Finding, Measured, findings, rows, start, verdict
+from diffexp.study.findings import Finding, Measured, findings, rows, verdict
 from diffexp.study.paper import Figure, Tuning
 from diffexp.study.statistics import too_narrow
-from diffexp.study.variants import TITLES
 
 SECTION = "study"
 
@@ -63,11 +63,11 @@ def runs_of(name: str, drawing: Drawing) -> set[str]:
     return {one.name for one in planned}
 
 
-def claims(findings: Mapping[str, list[Finding]], cut_short: Collection[str]) -> str:
+def claims(tested: Mapping[str, list[Finding]], cut_short: Collection[str]) -> str:
     """Every claim with its verdict; "not run yet" where there is no run, "so far" where some are to come."""
     table = ["| figure | the paper | here |", "| --- | --- | --- |"]
     for name, claim in CLAIMS.items():
-        found = findings.get(name, [])
+        found = tested.get(name, [])
         counts = Counter(finding.verdict for finding in found)
         unknown, failed = counts[Verdict.UNKNOWN], counts[Verdict.NOT]
         parts = [f"{counts[Verdict.REPRODUCED]} of {tests(len(found) - unknown)} passed"] * (len(found) > unknown)
@@ -78,9 +78,9 @@ def claims(findings: Mapping[str, list[Finding]], cut_short: Collection[str]) ->
     return "\n".join(table)
 
 
-def narrow(findings: Mapping[str, list[Finding]]) -> str:
+def narrow(tested: Mapping[str, list[Finding]]) -> str:
     """What to know of the intervals of few seeds, and so of the tests; empty where there are no such."""
-    pairs = {finding.pairs for found in findings.values() for finding in found}
+    pairs = {finding.pairs for found in tested.values() for finding in found}
     notes = [note for note in map(too_narrow, sorted(pairs)) if note]
     return "".join(f"\n\n{note} As often a test is passed where there is nothing." for note in notes)
 
@@ -95,8 +95,7 @@ def described(name: str, figure: Figure, measured: list[Measured], found: list[F
     title = f"Figure {name}" if name[0].isdigit() else name.capitalize()
     parts = [f"### {title}: {figure.title}", f"![{title}]({picture})"]
     for one in measured:
-        where = f"{one.panel.title}: {one.measure.reward} on {one.measure.prompts}"
-        parts.append(f"**{plain(where)}**; the untouched model has {start(one):.4g}.")
+        parts.append(f"**{plain(one.where)}**; the untouched model has {one.baseline.start(one.measure):.4g}.")
         parts.append(table_text(rows(one)))
     if found:
         table = [["claim", "panel", "number", "pairs", "verdict"]]
