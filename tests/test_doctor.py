@@ -80,6 +80,16 @@ def test_what_a_machine_can_run(
 ) -> None:
     monkeypatch.setattr("diffexp.devices.device", lambda _: torch.device(kind))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: gib * 2**30)
     monkeypatch.setattr(doctor, "memory", lambda: {"gib": gib})
     assert doctor.recipes()[name].startswith(expected)
+
+
+def test_an_older_gpu_is_told_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffexp.devices.device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    found = doctor.recipes()
+    assert found["sd15-8gb"] == "runs here with --set model.precision=fp16"  # its recipe is in bf16
+    assert found["emoji-ddpo"] == "runs here"  # in fp32

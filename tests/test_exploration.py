@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffexp import models
-from diffexp.exploration import ConstantGuidance, Exploration, StepGuidance, WordChoice, WordWeighting
+from diffexp.exploration import (
+    ConstantGuidance,
+    Exploration,
+    StepGuidance,
+    WordChoice,
+    WordWeighting,
+    last_iteration,
+)
 from diffexp.randomness import generator, randn
 from diffexp.text import TextEmbedding
 
@@ -112,6 +119,8 @@ def test_exploration_ends_after_three_fourths_and_needs_a_strategy() -> None:
 def test_exploration_ends_at_the_percent_that_was_asked_for(percent: int) -> None:
     explore = Exploration(words=WordWeighting(), until=percent / 100)
     assert sum(explore.active(iteration, 100) for iteration in range(1, 101)) == percent
+    assert last_iteration(percent / 100, 100) == percent
+    assert last_iteration(percent / 100, 7) == percent * 7 // 100
 
 
 def test_noise_has_a_name_and_touches_no_global_generator() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -144,6 +145,51 @@ def test_diversity_and_drift_are_drawn_for_every_prompt_set(runs: list[Path]) ->
     assert drift[1].lines[1].values == pytest.approx([0, 0.002, 0.004, 0.006, 0.008])
 
 
+@pytest.mark.parametrize("until", [0.29, 0.57, 0.58])  # times 100, floats are just below the whole number
+def test_the_end_of_exploration_is_that_of_training(tmp_path: Path, until: float) -> None:
+    explores = {"guidance": {"fraction": 0.1}, "until": until}
+    material = Material.read([make_run(tmp_path / "run", iterations=100, every=50, exploration=explores)])
+    last = round(100 * until)
+    assert curves.exploration_end(material) == (64 * last, "exploration ends")
+    assert facts.exploration_text(material, material.arms[0]).endswith(f" Iterations 1 to {last} of 100.")
+
+
+def test_what_was_trained_is_called_by_its_name(tmp_path: Path) -> None:
+    lora, network = (make_run(tmp_path / kind, model={"train": kind}) for kind in ("lora", "unet"))
+    model = "the emoji world's Stable Diffusion, prompts animal-activities. 1 seed, 512 reward queries."
+    assert facts.lede(Material.read([lora])) == f"A LoRA on {model}"
+    assert facts.lede(Material.read([network])) == f"The denoising network of {model}"
+
+
+def test_every_file_is_read_once(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Counter[str] = Counter()
+    whole = Path.read_text
+
+    def read_text(path: Path, *arguments: Any, **options: Any) -> str:
+        if path.parent == runs[0]:
+            read[path.name] += 1
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    render(Material.read(runs[:1]))
+    names = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "exploration.jsonl", "environment.json")
+    assert read == dict.fromkeys(names, 1)
+
+
+def test_a_figure_that_is_no_number_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", iterations=4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= {"reward_mean": float("nan"), "memory_gib": float("nan")}
+    write_lines(run / "metrics.jsonl", lines)
+    material = Material.read([run])
+    chart = curves.training_chart(material)
+    assert chart is not None
+    assert chart.xs == [64, 192, 256]
+    assert [figure.value for figure in facts.costs(material, material.arms[0]) if figure.name == "peak memory"] == [
+        "1.2 GiB"  # 1.25, to two digits
+    ]
+
+
 def test_a_run_that_stopped_early_is_told_from_one_that_goes_on(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", iterations=12, done=6)
     assert facts.progress(Material.read([run])) == "Not finished. run: iteration 6 of 12."
@@ -217,7 +263,7 @@ def test_the_film_shows_the_same_tiles_at_every_moment(runs: list[Path]) -> None
     assert [stop["queries"] for stop in found.stops] == [0, 128, 256, 384, 512]
     assert found.stops[2]["shown"] == [2, 2]
     assert found.stops[2]["label"] == "iteration 4, 256 queries"
-    evaluated = Material.read(runs).first.scores[Measure(SEEN, GOAL)][2]["mean"]
+    evaluated = Material.read(runs).first.run.scores[Measure(SEEN, GOAL)][2]["mean"]
     assert f"DDPO: {GOAL} {evaluated:.3f}, {JUDGE} (held out)" in found.stops[2]["scores"][0]
     uri = found.reels[0].moments[1].images[1]
     with Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/webp;base64,")))) as image:

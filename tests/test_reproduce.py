@@ -252,7 +252,7 @@ def test_rows_of_a_grid_are_in_order_and_start_from_the_same_noise(
     monkeypatch.setattr(drawn_by.figures, "image_grid", grid)
     drawing = Drawing(SCALES["emoji"], Folders(tmp_path), tmp_path, 1, {})
     drawing.draw("8", FIGURES["8"])
-    rows = ["pre-trained", "AlignProp", "AlignProp + DiffExp"]
+    rows = ["pre-trained, w=7.5", "AlignProp", "AlignProp + DiffExp"]
     assert grids == [([[(row, prompt, k) for k in range(4)] for row in range(3)], rows) for prompt in range(2)]
     assert opened == ["drawbench-alignprop-s0", "drawbench-alignprop-diffexp-s0"]
     assert keys[0] == keys[1] == keys[2] == 2 * keys[0][:4]
@@ -305,9 +305,15 @@ def test_what_can_not_be_timed_is_listed_all_the_same(
     assert "2 at a time: unknown" in said
 
 
+def test_a_panel_shows_all_that_a_run_evaluates() -> None:
+    recipe = Recipe.parse({"reward": "hpsv2", "evaluation": {"held_out": "clipscore"}}, "test")
+    shown = [drawn_by.measures(recipe, Panel("", "", (), held_out=held_out)) for held_out in (False, True)]
+    assert shown == [[("animals", "hpsv2")], [("animals", "clipscore")]]
+
+
 def test_what_a_dry_run_measures_is_a_whole_run(sd_folder: Path) -> None:
     recipe = jobs(["8"], SCALES["emoji"], 1, tiny(sd_folder))[0].recipe
-    measured = pace.measure(recipe)
+    (measured,) = pace.measurements(recipe, 1)
     assert (measured["queries"], measured["evaluated"]) == (2 * 2, 3 * 2 * 2)
     assert min(measured["training"], measured["rest"]) > 0
 
@@ -317,6 +323,50 @@ def test_a_run_that_fails_has_the_last_word(tmp_path: Path, sd_folder: Path, mon
     monkeypatch.setattr(trainer_module, "program", lambda: ["/bin/false"])
     with pytest.raises(UserError, match=r"run dolphin-ddpo-s0 failed.*\n.*failed.*\n0 of 2 runs finished; the same"):
         call("1", tmp_path, tiny(sd_folder))
+
+
+class Process:
+    """A process that ends when it is told to."""
+
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+def test_progress_reads_only_the_runs_that_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def counted(folder: Path) -> int:
+        read.append(folder.name)
+        return painted(folder)
+
+    def tell(state: State, queries: int, evaluated: int) -> None:
+        state.folder.mkdir(exist_ok=True)
+        records = {
+            "metrics.jsonl": {"iteration": 1, "queries": queries, "seconds": 1.0},
+            "evaluations.jsonl": {"iteration": 0, "prompts": "a", "n": evaluated},
+        }
+        for name, record in records.items():
+            (state.folder / name).write_text(json.dumps(record) + "\n")
+
+    monkeypatch.setattr(trainer_module, "painted", counted)
+    monkeypatch.setattr(trainer_module.subprocess, "Popen", lambda *_, **__: Process())
+    first, second, _ = states = [State(job, tmp_path / job.name, 0) for job in jobs(["10a"], SCALES["emoji"])[:3]]
+    tell(first, 10, 5)  # of a process that was killed
+    trainer = Trainer(states, Times(tmp_path / "times.jsonl"), 2, False, Console(quiet=True))
+    trainer.start(first)
+    trainer.start(second)
+    tell(first, 30, 5)
+    tell(second, 8, 4)
+    assert trainer.progress() == 20 + 12
+    trainer.running[0].process.returncode = 0
+    trainer.collect()
+    tell(first, 1000, 1000)
+    tell(second, 9, 4)
+    read.clear()
+    assert trainer.progress() == 20 + 13
+    assert read == [second.job.name]
 
 
 def test_ctrl_c_lets_every_run_save(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

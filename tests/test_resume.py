@@ -26,7 +26,7 @@ from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted
 from diffexp.runs import checkpoint, durable, provenance, runfolder
 from diffexp.runs.checkpoint import NotSaved
-from diffexp.runs.records import CONFIG, EVALUATIONS, EXPLORATION, METRICS, RECORDS
+from diffexp.runs.names import CONFIG, EVALUATIONS, EXPLORATION, METRICS, RECORDS
 from diffexp.runs.runfolder import finished
 from diffexp.sharing import card
 from diffexp.terminal.reporter import Reporter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -340,6 +341,54 @@ def test_mistakes_of_the_call(tmp_path: Path):
     ]:
         with pytest.raises(UserError, match=message):
             sides.compare(paths, tmp_path / out)
+
+
+def write_sum(path: Path, reward: str = "emoji-aesthetic+0.5*emoji-alignment", **settings: Any) -> Path:
+    """A run on a sum of two rewards, which are evaluated one by one, after the other way round; and so is the judge."""
+    run = write_run(path, **settings)
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(config.replace('"emoji-alignment"', f'"{reward}"'))
+    rows = (run / "evaluations.jsonl").read_text()
+    (run / "evaluations.jsonl").write_text(rows + rows.replace('"emoji-alignment"', '"emoji-aesthetic"'))
+    return run
+
+
+def test_the_members_of_a_sum_are_not_held_out(tmp_path: Path):
+    comparison = analyse(write_sum(tmp_path / "plain"), write_sum(tmp_path / "x", slope=2.0, exploration=WORDS))
+    assert comparison.objective == Measure("animals", "emoji-aesthetic"), "the sum's first member"
+    header = comparison_report.main_rows(comparison)[0]
+    assert header[5:-1] == ["also trained on: emoji-alignment", "held out: emoji-judge"]
+    panels = [(panel.title, panel.ylabel) for panel in comparison_report.panels(comparison)]
+    assert sorted(panels) == [
+        *(("animals", f"emoji-{name}") for name in ("aesthetic", "alignment", "judge (held out)")),
+        *(("animals-unseen", f"emoji-{name}") for name in ("aesthetic", "alignment")),
+    ]
+    assert comparison.notes[0] == (
+        "Training was for emoji-aesthetic+0.5*emoji-alignment on animals: final reward, queries, ratio, IQM and nAUC "
+        "are of emoji-aesthetic on animals alone."
+    )
+    assert not [note for note in analyse(write_run(tmp_path / "one")).notes if "Training was for" in note]
+
+
+def test_a_sum_is_another_goal_than_its_member(tmp_path: Path):
+    both, one = write_sum(tmp_path / "both"), write_sum(tmp_path / "one", reward="emoji-aesthetic", exploration=WORDS)
+    assert Run.read(both).objective == Run.read(one).objective
+    with pytest.raises(UserError, match=r"train on different goals, animals / emoji-aesthetic\+0"):
+        analyse(both, one)
+
+
+def test_what_stands_for_a_goal_that_was_not_evaluated(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    config = (run / "config.toml").read_text()
+    for prompts, reward, expected in [
+        ("animals-unseen", "emoji-alignment", ("animals-unseen", "emoji-alignment")),
+        ("others", "2*emoji-alignment", ("animals", "emoji-alignment")),
+        ("animals-unseen", "emoji-judge", ("animals", "emoji-judge")),
+        ("animals-unseen", "emoji-aesthetic", ("animals-unseen", "emoji-alignment")),
+    ]:
+        changed = config.replace('"animals"', f'"{prompts}"').replace('"emoji-alignment"', f'"{reward}"')
+        (run / "config.toml").write_text(changed)
+        assert Run.read(run).objective == expected
 
 
 def test_samples_of_another_count_are_left_out(tmp_path: Path):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from diffexp.errors import UserError, one_line, refusal, unknown
 from diffexp.runs.durable import is_free
+from diffexp.runs.names import CONFIG
 
 FOLDER = "control"
 REQUESTS = {
@@ -31,7 +32,7 @@ def ask(run: Path, request: str) -> str:
     """
     if request not in REQUESTS:
         raise unknown("request", request, REQUESTS)
-    if not (run / "config.toml").is_file():
+    if not (run / CONFIG).is_file():
         raise UserError(f"{run}: no run folder; give one that `diffexp train` writes")
     if is_free(run):
         raise UserError(f"{run}: no process trains this run; unless it is finished, `diffexp resume {run}` goes on")

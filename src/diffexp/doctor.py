@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffexp import emoji
+from diffexp.durations import counted
 from diffexp.errors import one_line
 from diffexp.version import __version__
 
@@ -196,7 +197,8 @@ def recipes() -> dict[str, str]:
     """Which shipped recipes this machine has the memory for."""
     import torch
 
-    from diffexp.devices import device
+    from diffexp.config import Recipe
+    from diffexp.devices import device, slow
     from diffexp.toml import memory_of, shipped
 
     kind = device("auto").type
@@ -208,7 +210,8 @@ def recipes() -> dict[str, str]:
     for name in shipped():
         needs, emoji = memory_of(name), not name.startswith("sd")
         if needs <= space * RESERVE and (emoji or kind != "cpu"):
-            found[name] = "runs here"
+            bad = slow(Recipe.load(name).model.precision, torch.device(kind))
+            found[name] = "runs here" if bad is None else "runs here with --set model.precision=fp16"
         else:
             found[name] = f"needs about {needs:g} GiB of memory" if emoji else f"needs a GPU with about {needs:g} GiB"
     return found
@@ -257,10 +260,6 @@ def say_cpu(part: dict[str, Any]) -> str:
     abilities = "unknown" if part["abilities"] is None else ", ".join(part["abilities"]) or "none of bf16, AMX"
     cores, threads = counted(part["cores"], "core"), counted(part["threads"], "thread")
     return f"{part['name']}, {cores}, {threads}; {abilities}"
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def say_hub(part: dict[str, Any]) -> str:

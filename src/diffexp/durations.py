@@ -1,4 +1,4 @@
-"""Times as people read them: on a clock that runs, and as an amount."""
+"""Times and counts as people read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A count and its noun."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float | None) -> str:

@@ -8,6 +8,7 @@ guidance scale that is low in the early denoising steps (Eq. 7), and one random 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -127,5 +128,9 @@ class Exploration:
 
     def active(self, iteration: int, iterations: int) -> bool:
         """Whether the given iteration (counted from 1) of a run of ``iterations`` explores."""
-        last = round(self.until * iterations, 6)  # 0.29 * 100 is 28.999999999999996
-        return not self.empty and iteration <= last
+        return not self.empty and iteration <= last_iteration(self.until, iterations)
+
+
+def last_iteration(until: float, iterations: int) -> int:
+    """The last iteration (counted from 1) in the fraction ``until`` (0...1) of ``iterations``; 0 where it has none."""
+    return math.floor(round(until * iterations, 6))  # 0.29 * 100 is 28.999999999999996

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 MOST_PIXELS = 8192 * 8192
 """What the largest ``sampler.size`` makes; a file of a few kilobytes may unpack to any number."""
 
+MOMENT = "iteration-"
+
 
 def open_png(path: Path, largest: int = 8192) -> Image:
     """A PNG as RGB, shrunk to at most ``largest`` pixels a side.
@@ -38,7 +40,12 @@ def open_png(path: Path, largest: int = 8192) -> Image:
     return picture
 
 
-def iterations(samples: Path) -> list[Path]:
-    """The folders of a run's samples, ``iteration-0000`` and on, in their order."""
-    found = {path.name.removeprefix("iteration-"): path for path in samples.glob("iteration-*") if path.is_dir()}
-    return [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
+def moment_name(iteration: int) -> str:
+    """The name of the folder of the samples after an iteration."""
+    return f"{MOMENT}{iteration:04d}"
+
+
+def iterations(samples: Path) -> dict[int, Path]:
+    """The folders of a run's samples by their iterations, in their order."""
+    found = {path.name.removeprefix(MOMENT): path for path in samples.glob(f"{MOMENT}*") if path.is_dir()}
+    return {int(number): found[number] for number in sorted(filter(str.isdecimal, found), key=int)}

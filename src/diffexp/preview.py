@@ -14,9 +14,11 @@ from torch import Tensor
 
 from diffexp.exploration import ConstantGuidance
 from diffexp.memory import MicroBatch
+from diffexp.pictures import moment_name
 from diffexp.processes.parallel import ALONE, Ranks
 from diffexp.rollout import Batch, Sampler
-from diffexp.runs.records import PROMPTS, SETS, grid, save_images, to_images
+from diffexp.runs.names import PROMPTS, SETS
+from diffexp.runs.records import grid, save_images, to_images
 from diffexp.text import TextEmbedding, concatenate
 
 
@@ -63,7 +65,7 @@ class Preview(NamedTuple):
         Raises:
             OSError: if the disk refuses; nothing of this moment stays then.
         """
-        pictures, moment = to_images(images), folder / f"iteration-{iteration:04d}"
+        pictures, moment = to_images(images), folder / moment_name(iteration)
         try:
             save_images(pictures, moment)
             for file, content in ((PROMPTS, self.batch.prompts), (SETS, self.sets)):

@@ -34,8 +34,8 @@ from diffexp.runs.environment import base_commit, peak_memory
 from diffexp.runs.environment import describe as describe_environment
 from diffexp.runs.keeper import Keeper, State
 from diffexp.runs.ledger import describe as describe_exploration
+from diffexp.runs.names import BEST, CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS, SAMPLES
 from diffexp.runs.provenance import changes, made_with
-from diffexp.runs.records import CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS
 from diffexp.runs.runfolder import claimed
 from diffexp.samples import describe as describe_dropped
 from diffexp.samples import summary
@@ -237,7 +237,7 @@ class Training:
             for result in results:
                 self.record(result)
             if self.stopping.observe(self.iteration, results):
-                self.save_trained(self.folder / "best")
+                self.save_trained(self.folder / BEST)
         if self.recipe.preview.images and self.due(self.recipe.preview.every):
             self.preview()
 
@@ -270,7 +270,7 @@ class Training:
         preview = Preview.spread(self.sampler, scale, sets, texts, count)
         images = preview.paint(self.rollouts, self.ranks)
         if self.ranks.main:
-            self.attempt("preview", partial(preview.write, images, self.folder / "samples", self.iteration))
+            self.attempt("preview", partial(preview.write, images, self.folder / SAMPLES, self.iteration))
 
     def attempt(self, what: str, action: Callable[[], object]) -> None:
         """Does what no run should fail for: what goes wrong with it is only told."""

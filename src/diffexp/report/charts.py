@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from diffexp.study import comparison_report
 from diffexp.study.comparison import Arm
+from diffexp.study.comparison_report import spread
 from diffexp.study.statistics import mean_curve
 
 ROWS = 24
@@ -148,13 +149,6 @@ def colour(arms: Sequence[Arm], arm: Arm) -> str:
 def dash(arms: Sequence[Arm], arm: Arm) -> int:
     """The line style of an arm: its algorithm's."""
     return list(dict.fromkeys(other.first.algorithm for other in arms)).index(arm.first.algorithm)
-
-
-def spread(total: int, most: int) -> list[int]:
-    """At most ``most`` of ``total`` indices, evenly, the first and the last among them."""
-    if total <= most:
-        return list(range(total))
-    return [round(k * (total - 1) / (most - 1)) for k in range(most)]
 
 
 def rounded(values: Sequence[float | None]) -> list[float | None]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from diffexp.report.charts import Chart, Line, Values, colour, dash, joined, over_seeds
 from diffexp.report.sources import Material, Source
-from diffexp.runs.reading import Measure
+from diffexp.runs.reading import Measure, is_number
 from diffexp.sharing.lora_header import without_paths
 from diffexp.study.comparison import Arm
 
@@ -43,7 +43,7 @@ def exploration_end(material: Material) -> tuple[float, str] | None:
     for arm in material.arms:
         if arm.first.explores:
             source = material.of(arm.first)
-            ends.add(source.queries_at(int(float(source.setting("exploration", "until") or 0) * source.iterations)))
+            ends.add(source.queries_at(source.last_exploring))
     return (float(ends.pop()), "exploration ends") if len(ends) == 1 else None
 
 
@@ -69,7 +69,7 @@ def gain_points(material: Material, arm: Arm, measure: Measure) -> list[Points]:
     """Of each seed: queries, and the gain in standard deviations of the untouched model's images."""
     found = []
     for source in material.members(arm):
-        lines = source.scores.get(measure, ())
+        lines = source.run.scores.get(measure, ())
         deviation = lines[0].get("std") if lines else None
         if deviation:
             start = lines[0]["mean"]
@@ -79,8 +79,8 @@ def gain_points(material: Material, arm: Arm, measure: Measure) -> list[Points]:
 
 def measure_line(material: Material, measure: Measure, rows: Sequence[Values]) -> Line:
     """A line whose colour tells the reward, and whose style tells seen prompts from unseen ones."""
-    rewards = list(dict.fromkeys(m.reward for m in material.measures if material.first.held_out(m)))
-    held_out = material.first.held_out(measure)
+    rewards = list(dict.fromkeys(m.reward for m in material.measures if material.first.run.held_out(m)))
+    held_out = material.first.run.held_out(measure)
     hue = MEASURE_COLOURS[rewards.index(measure.reward) % len(MEASURE_COLOURS)] if held_out else "trained"
     unseen = not material.first.seen(measure)
     label = f"{without_paths(measure.reward)}, {'held out' if held_out else 'trained'}"
@@ -91,11 +91,8 @@ def measure_line(material: Material, measure: Measure, rows: Sequence[Values]) -
 def diversity_charts(material: Material) -> list[Chart]:
     """How different the evaluated images are, for every prompt set in which that was measured."""
     charts = []
-    for k, prompts in enumerate(dict.fromkeys(measure.prompts for measure in material.measures)):
-        measure = next(measure for measure in material.measures if measure.prompts == prompts)
-        points = by_arm(material, lambda source, m=measure: column(source, m, "diversity"))
-        tags = [tags_of(material.first, measure)[0]]
-        title = str(without_paths(prompts))
+    for k, (measure, points) in enumerate(by_set(material, "diversity")):
+        tags, title = tags_of(material.first, measure)[:1], str(without_paths(measure.prompts))
         charts.append(chart(material, points, f"diversity-{k}", title, "queries", tags=tags, digits=3))
     return [one for one in charts if one]
 
@@ -103,10 +100,8 @@ def diversity_charts(material: Material) -> list[Chart]:
 def drift_charts(material: Material) -> list[Chart]:
     """How far the model has moved from the untouched one, on every prompt set where that was measured."""
     charts = []
-    for k, prompts in enumerate(dict.fromkeys(measure.prompts for measure in material.measures)):
-        measure = next(measure for measure in material.measures if measure.prompts == prompts)
-        points = by_arm(material, lambda source, m=measure: column(source, m, "kl_to_base"))
-        title, note = "KL divergence to the untouched model", f"on {without_paths(prompts)}"
+    for k, (measure, points) in enumerate(by_set(material, "kl_to_base")):
+        title, note = "KL divergence to the untouched model", f"on {without_paths(measure.prompts)}"
         charts.append(chart(material, points, f"drift-{k}", title, "queries", note=note, zero=True, digits=3))
     return [one for one in charts if one]
 
@@ -157,7 +152,7 @@ def scale_at(found: Sequence[tuple[float, float]], t: float) -> float:
 def tags_of(source: Source, measure: Measure) -> list[str]:
     """What to know of a measure: whether training saw its prompts and its reward."""
     prompts = "seen prompts" if source.seen(measure) else "unseen prompts"
-    return [prompts, "held-out reward"] if source.held_out(measure) else [prompts]
+    return [prompts, "held-out reward"] if source.run.held_out(measure) else [prompts]
 
 
 def has_unseen(material: Material) -> bool:
@@ -167,19 +162,23 @@ def has_unseen(material: Material) -> bool:
 
 def column(source: Source, measure: Measure, key: str) -> Points:
     """Queries, and one figure of a measure's evaluations."""
-    lines = [entry for entry in source.scores.get(measure, ()) if number_in(entry, key)]
+    lines = [entry for entry in source.run.scores.get(measure, ()) if is_number(entry.get(key))]
     return [float(entry["queries"]) for entry in lines], [float(entry[key]) for entry in lines]
 
 
 def metric(source: Source, key: str, x: str = "queries") -> Points:
     """x, and one figure of the iterations."""
-    lines = [entry for entry in source.run.metrics if number_in(entry, key) and number_in(entry, x)]
+    lines = [entry for entry in source.run.metrics if is_number(entry.get(key)) and is_number(entry.get(x))]
     return [float(entry[x]) for entry in lines], [float(entry[key]) for entry in lines]
 
 
-def number_in(entry: Mapping[str, Any], key: str) -> bool:
-    """Whether an entry has this figure."""
-    return isinstance(entry.get(key), int | float)
+def by_set(material: Material, key: str) -> Iterator[tuple[Measure, list[tuple[Arm, list[Points]]]]]:
+    """For every prompt set: its first measure, and the arms' curves of a figure that all of its measures share."""
+    firsts: dict[str, Measure] = {}
+    for measure in material.measures:
+        firsts.setdefault(measure.prompts, measure)
+    for measure in firsts.values():
+        yield measure, by_arm(material, lambda source, m=measure: column(source, m, key))
 
 
 def by_arm(material: Material, points: Callable[[Source], Points]) -> list[tuple[Arm, list[Points]]]:

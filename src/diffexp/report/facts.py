@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffexp.durations import duration
+from diffexp.durations import counted, duration
 from diffexp.report.charts import fixed, number, signed
-from diffexp.report.curves import gain_points, number_in, tags_of
+from diffexp.report.curves import gain_points, tags_of
 from diffexp.report.sources import Material, Source
-from diffexp.runs.reading import Measure
+from diffexp.runs.reading import Measure, is_number
 from diffexp.sharing.lora_header import without_paths
 from diffexp.study.comparison import Arm, Comparison, analyse
 from diffexp.study.comparison_report import decimals, level_rows, main_rows
@@ -52,7 +52,7 @@ def title(material: Material) -> str:
     """What was trained on what."""
     labels = list(dict.fromkeys(arm.label for arm in material.arms))
     what = " and ".join(labels) if len(labels) <= 2 else f"{len(labels)} arms"
-    goals = {without_paths(source.config.get("reward")) for source in material.sources}
+    goals = {without_paths(source.run.goal.reward) for source in material.sources}
     return f"{what} on {goals.pop() if len(goals) == 1 else 'several rewards'}"
 
 
@@ -61,12 +61,13 @@ def lede(material: Material) -> str:
     first = material.first
     model = without_paths(str(first.setting("model", "path")))
     model = {"emoji": "the emoji world's Stable Diffusion", "emoji-xl": "its twin in XL's shape"}.get(model, model)
-    prompts = without_paths(first.config.get("prompts"))
+    prompts = without_paths(first.run.goal.prompts)
     seeds = {len(arm.runs) for arm in material.arms}
-    runs = f"{plural(len(material.arms), 'arm')}, " if len(material.arms) > 1 else ""
+    runs = f"{counted(len(material.arms), 'arm')}, " if len(material.arms) > 1 else ""
     runs += " or ".join(str(k) for k in sorted(seeds)) + (" seed" if seeds == {1} else " seeds")
     each = " each" if len(material.arms) > 1 else ""
-    return f"A LoRA on {model}, prompts {prompts}. {runs}{each}, {queries_text(material)}."
+    what = "The denoising network of" if first.setting("model", "train") == "unet" else "A LoRA on"
+    return f"{what} {model}, prompts {prompts}. {runs}{each}, {queries_text(material)}."
 
 
 def queries_text(material: Material) -> str:
@@ -93,7 +94,7 @@ def figures(material: Material) -> list[Figure]:
     for measure in material.measures:
         if measure.prompts == material.objective.prompts:
             change = outcome(material, arm, measure)
-            kind = "held out" if material.first.held_out(measure) else "trained on"
+            kind = "held out" if material.first.run.held_out(measure) else "trained on"
             found.append(Figure(f"{without_paths(measure.reward)}, {kind}", change["after"], change["detail"]))
     found += [Figure("reward queries", f"{max(source.queries for source in material.members(arm)):,}")]
     return found + costs(material, arm)
@@ -104,10 +105,10 @@ def costs(material: Material, arm: Arm) -> list[Figure]:
     members, found = material.members(arm), []
     seconds = [source.run.seconds for source in members if source.run.seconds]
     if seconds:
-        images = [source.done * int(source.config.get("samples", 0)) for source in members if source.run.seconds]
+        images = [source.done * int(source.run.config.get("samples", 0)) for source in members if source.run.seconds]
         found.append(Figure("training time" + " a run" * (len(seconds) > 1), duration(sum(seconds) / len(seconds))))
         found.append(Figure("speed", f"{number(sum(images) / sum(seconds), 3)} images/s"))
-    memory = [m["memory_gib"] for source in members for m in source.run.metrics if number_in(m, "memory_gib")]
+    memory = [m["memory_gib"] for source in members for m in source.run.metrics if is_number(m.get("memory_gib"))]
     if memory:
         found.append(Figure("peak memory", f"{number(max(memory), 2)} GiB"))
     return found
@@ -115,13 +116,13 @@ def costs(material: Material, arm: Arm) -> list[Figure]:
 
 def outcome(material: Material, arm: Arm, measure: Measure) -> dict[str, str]:
     """Before and after of an arm on one measure: the mean over seeds, its interval, and the change."""
-    found = [source.scores[measure] for source in material.members(arm) if source.scores.get(measure)]
+    found = [source.run.scores[measure] for source in material.members(arm) if source.run.scores.get(measure)]
     if not found:
         return dict.fromkeys(("before", "after", "change", "detail"), "–")
     before = sum(lines[0]["mean"] for lines in found) / len(found)
     finals = [final_reward([line["mean"] for line in lines]) for lines in found]
     after = bootstrap_mean(finals)
-    places = decimals(line["mean"] for source in material.sources for line in source.scores.get(measure, ()))
+    places = decimals(line["mean"] for source in material.sources for line in source.run.scores.get(measure, ()))
     interval = interval_text(after, places)
     change = signed(after.value - before, places) if any(len(lines) > 1 for lines in found) else "–"
     detail = f"{change} from {fixed(before, places)}" if change != "–" else "only evaluated once"
@@ -151,7 +152,7 @@ def outcome_table(material: Material) -> tuple[list[str], list[list[str]]]:
 def verdicts(material: Material) -> list[Verdict]:
     """For every arm and held-out reward on the training prompts: whether it followed the reward that was trained on."""
     goal = material.objective
-    held_out = [m for m in material.measures if m.prompts == goal.prompts and material.first.held_out(m)]
+    held_out = [m for m in material.measures if m.prompts == goal.prompts and material.first.run.held_out(m)]
     found = []
     for arm in material.arms:
         for measure in held_out:
@@ -171,7 +172,7 @@ def gains(material: Material, arm: Arm, measure: Measure) -> list[float]:
 
 def standard_error(material: Material, arm: Arm, measure: Measure) -> float:
     """Of the difference of two evaluations, in standard deviations, as if they shared no noise: an upper bound."""
-    counts = [lines[0].get("n", 1) for s in material.members(arm) if (lines := s.scores.get(measure))]
+    counts = [lines[0].get("n", 1) for s in material.members(arm) if (lines := s.run.scores.get(measure))]
     return math.sqrt(2 / max(1, sum(counts)))
 
 
@@ -196,7 +197,7 @@ def verdict(
 
 def comparison(material: Material) -> Comparison | None:
     """The statistics over arms; None for a single arm, and where the runs can't be compared."""
-    goals = {(source.config.get("prompts"), source.config.get("reward")) for source in material.sources}
+    goals = {source.run.goal for source in material.sources}
     evaluated = all(material.objective in source.run.evaluations for source in material.sources)
     if len(material.arms) < 2 or len(goals) > 1 or not evaluated:
         return None
@@ -215,7 +216,7 @@ def recipes(material: Material) -> list[Recipe]:
     """The recipe of every arm, without this machine's paths."""
     found = []
     for arm in material.arms:
-        config = without_paths(dict(material.of(arm.first).config))
+        config = without_paths(dict(arm.first.config))
         found.append(Recipe(arm.label, "\n".join(toml_lines(config)).strip() + "\n", list(arm.runs)))
     return found
 
@@ -241,9 +242,7 @@ def exploration_text(material: Material, arm: Arm) -> str:
         low, high, unit = (source.setting("exploration", "words", key) for key in ("low", "high", "unit"))
         parts.append(f"one random {unit or 'word'} of each prompt weighted by U({low:g}, {high:g}) (Eq. 8)")
     parts += [f"{part}, a strategy of its own" for part in arm.first.strategies if part not in ("guidance", "words")]
-    until = float(source.setting("exploration", "until") or 0)
-    last = math.floor(until * source.iterations)
-    return f"{'; '.join(parts)}. Iterations 1 to {last} of {source.iterations}." if parts else ""
+    return f"{'; '.join(parts)}. Iterations 1 to {source.last_exploring} of {source.iterations}." if parts else ""
 
 
 def interval_text(estimate: Estimate, places: int) -> str:
@@ -251,8 +250,3 @@ def interval_text(estimate: Estimate, places: int) -> str:
     if estimate.low is None or estimate.high is None:
         return ""
     return f"[{fixed(estimate.low, places)}, {fixed(estimate.high, places)}]"
-
-
-def plural(number: int, noun: str) -> str:
-    """A count and its noun."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

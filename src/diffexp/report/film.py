@@ -11,11 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diffexp.pictures import iterations, open_png
-from diffexp.report.charts import number, spread
+from diffexp.pictures import iterations, moment_name, open_png
+from diffexp.report.charts import number
 from diffexp.report.sources import Material, Source
+from diffexp.runs import names
 from diffexp.sharing.lora_header import without_paths
 from diffexp.study.comparison import Arm
+from diffexp.study.comparison_report import shown, spread
 
 LARGEST = 256
 """The side in pixels to which larger images are shrunk."""
@@ -86,7 +88,8 @@ def film(material: Material, budget: int = BUDGET) -> Film | None:
 
     Moments are thinned out evenly, with the first and the last kept, until all fits into ``budget`` characters.
     """
-    found = [(arm, source, moments_of(source)) for arm, source in chosen(material)]
+    chosen = [material.of(run) for run in shown(material.arms)]
+    found = [(arm, source, moments_of(source)) for arm, source in zip(material.arms, chosen, strict=True)]
     shape = prompts_of(found[0][1])
     found = [(arm, source, moments) for arm, source, moments in found if moments and prompts_of(source) == shape]
     if not shape or not found:
@@ -101,22 +104,16 @@ def film(material: Material, budget: int = BUDGET) -> Film | None:
             break
         count = max(2, min(count - 1, int(min(count, total) * budget / size)))
     first, moments = found[0][1], found[0][2]
-    base = [encoded(first.run.path / "samples" / name(0) / f"{row}.png") for row in rows] if 0 in moments else []
+    base = [encoded(picture(first, 0, row)) for row in rows] if 0 in moments else []
+    side = open_png(picture(first, moments[0], rows[0]), LARGEST).width
     stops = [stop(material, found, reels, queries) for queries in sorted({m.queries for r in reels for m in r.moments})]
-    return Film(tiles, base, reels, stops, total > count, side_of(first, rows))
-
-
-def chosen(material: Material) -> list[tuple[Arm, Source]]:
-    """The run of every arm that is shown."""
-    shared = set.intersection(*(set(arm.runs) for arm in material.arms))
-    return [(arm, material.of(arm.runs[min(shared)] if shared else arm.first)) for arm in material.arms]
+    return Film(tiles, base, reels, stops, total > count, side)
 
 
 def moments_of(source: Source) -> list[int]:
     """The iterations whose previews are whole, in order."""
     count = len(prompts_of(source))
-    whole = [path for path in iterations(source.run.path / "samples") if is_whole(path, count)]
-    return [int(path.name.removeprefix("iteration-")) for path in whole]
+    return [k for k, path in iterations(source.run.path / names.SAMPLES).items() if is_whole(path, count)]
 
 
 def is_whole(folder: Path, count: int) -> bool:
@@ -126,13 +123,13 @@ def is_whole(folder: Path, count: int) -> bool:
 
 def prompts_of(source: Source) -> list[str]:
     """The prompts of the previews."""
-    return read_list(source.run.path / "samples" / "prompts.json")
+    return read_list(source.run.path / names.SAMPLES / names.PROMPTS)
 
 
 def tiles_of(source: Source, rows: Sequence[int]) -> list[Tile]:
     """The tiles of some of the previews. Runs of older versions painted prompts of the training set only."""
     prompts, own = prompts_of(source), str(source.setting("prompts"))
-    sets = read_list(source.run.path / "samples" / "sets.json")
+    sets = read_list(source.run.path / names.SAMPLES / names.SETS)
     sets = sets if len(sets) == len(prompts) else [own] * len(prompts)
     return [Tile(prompts[row], str(without_paths(sets[row])), sets[row] == own) for row in rows]
 
@@ -140,9 +137,7 @@ def tiles_of(source: Source, rows: Sequence[int]) -> list[Tile]:
 def reel(arm: Arm, source: Source, moments: Sequence[int], rows: Sequence[int], count: int) -> Reel:
     """Some moments of a run."""
     picked = [moments[k] for k in spread(len(moments), count)]
-    samples = source.run.path / "samples"
-    images = {k: [encoded(samples / name(k) / f"{row}.png") for row in rows] for k in picked}
-    found = [Moment(k, source.queries_at(k), images[k]) for k in picked]
+    found = [Moment(k, source.queries_at(k), [encoded(picture(source, k, row)) for row in rows]) for k in picked]
     return Reel(arm.label, source.run.name, found)
 
 
@@ -166,10 +161,10 @@ def stop(
 def scores_at(material: Material, source: Source, queries: int) -> str:
     """The newest evaluations until then, on the training prompts, in words."""
     parts = []
-    for measure, lines in source.scores.items():
+    for measure, lines in source.run.scores.items():
         known = [line for line in lines if line["queries"] <= queries]
         if known and measure.prompts == material.objective.prompts:
-            kind = " (held out)" if source.held_out(measure) else ""
+            kind = " (held out)" if source.run.held_out(measure) else ""
             parts.append(f"{without_paths(measure.reward)}{kind} {number(known[-1]['mean'])}")
     return ", ".join(parts)
 
@@ -186,14 +181,9 @@ def _encoded(path: Path, _: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def side_of(source: Source, rows: Sequence[int]) -> int:
-    """The width in pixels of the images as they are embedded."""
-    return open_png(source.run.path / "samples" / name(moments_of(source)[0]) / f"{rows[0]}.png", LARGEST).width
-
-
-def name(iteration: int) -> str:
-    """The folder of a moment."""
-    return f"iteration-{iteration:04d}"
+def picture(source: Source, iteration: int, row: int) -> Path:
+    """The file of a preview."""
+    return source.run.path / names.SAMPLES / moment_name(iteration) / f"{row}.png"
 
 
 def read_list(file: Path) -> list[str]:

@@ -92,7 +92,7 @@ def content(material: Material) -> dict[str, Any]:
 
 def encoders(material: Material) -> list[str]:
     """What diversity was measured with."""
-    lines = (line for source in material.sources for found in source.scores.values() for line in found)
+    lines = (line for source in material.sources for found in source.run.scores.values() for line in found)
     return list(dict.fromkeys(str(line["encoder"]) for line in lines if line.get("encoder")))
 
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from diffexp import prompts as prompt_sets
 from diffexp.errors import UserError
-from diffexp.rewards.spec import parse
+from diffexp.exploration import last_iteration
 from diffexp.runs import environment
-from diffexp.runs.reading import Measure, Run, objects, read_config
+from diffexp.runs.names import CARD, CONFIG, ENVIRONMENT, EVALUATIONS, EXPLORATION, METRICS, SAMPLES
+from diffexp.runs.reading import Measure, Run, objects
+from diffexp.sharing.lora_header import FOLDERS
 from diffexp.study.comparison import Arm, arms_of
 
-LISTED = ("config.toml", "metrics.jsonl", "evaluations.jsonl", "exploration.jsonl", "environment.json")
+LISTED = (CONFIG, METRICS, EVALUATIONS, EXPLORATION, ENVIRONMENT)
 """The files of a run that a report is made from, besides the previews."""
 
 
@@ -24,9 +26,6 @@ class Source:
     """A run folder, with what :class:`diffexp.runs.reading.Run` leaves out."""
 
     run: Run
-    config: Mapping[str, Any]
-    scores: Mapping[Measure, Sequence[Mapping[str, Any]]]
-    """The evaluations in the order of their queries."""
     exploration: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
 
@@ -38,24 +37,13 @@ class Source:
             UserError: if it is none, or one of its files is damaged.
         """
         run = Run.read(path, evaluated=False)
-        scores: dict[Measure, dict[float, Mapping[str, Any]]] = {}
-        for line in objects(run.path / "evaluations.jsonl"):
-            scores.setdefault(Measure(line["prompts"], line["reward"]), {})[float(line["queries"])] = line
-        explored = {
-            int(line.get("iteration") or k): line for k, line in enumerate(objects(run.path / "exploration.jsonl"))
-        }
-        return cls(
-            run=run,
-            config=read_config(run.path),
-            scores={measure: [lines[q] for q in sorted(lines)] for measure, lines in scores.items()},
-            exploration=list(explored.values()),
-            environment=environment.read(run.path),
-        )
+        explored = {int(line.get("iteration") or k): line for k, line in enumerate(objects(run.path / EXPLORATION))}
+        return cls(run, list(explored.values()), environment.read(run.path))
 
     @property
     def iterations(self) -> int:
         """How many iterations the recipe asks for."""
-        return int(self.config.get("iterations", 0))
+        return int(self.run.config.get("iterations", 0))
 
     @property
     def done(self) -> int:
@@ -65,7 +53,7 @@ class Source:
     @property
     def ended(self) -> bool:
         """Whether training is over: all iterations are done, or it stopped early and left its card."""
-        cards = (self.run.path / folder / "README.md" for folder in ("lora", "unet"))
+        cards = (self.run.path / folder / CARD for folder in FOLDERS)
         return self.done >= self.iterations or any(card.is_file() for card in cards)
 
     @property
@@ -76,27 +64,19 @@ class Source:
     def queries_at(self, iteration: int) -> int:
         """The queries asked for up to an iteration."""
         known = {m.get("iteration"): m.get("queries") for m in self.run.metrics}
-        return int(known.get(iteration) or iteration * int(self.config.get("samples", 0)))
+        return int(known.get(iteration) or iteration * int(self.run.config.get("samples", 0)))
 
     def setting(self, *path: str) -> Any:
         """A setting of the recipe; None where it is not set."""
-        found: Any = self.config
+        found: Any = self.run.config
         for key in path:
             found = found.get(key) if isinstance(found, Mapping) else None
         return found
 
-    @cached_property
-    def trained(self) -> tuple[str, ...]:
-        """The rewards that were trained on."""
-        spec = str(self.config.get("reward"))
-        try:
-            return (spec, *(member.name for member in parse(spec)))
-        except UserError:  # of a version that knew other rewards
-            return (spec,)
-
-    def held_out(self, measure: Measure) -> bool:
-        """Whether training never saw this reward."""
-        return measure.reward not in self.trained
+    @property
+    def last_exploring(self) -> int:
+        """The last iteration in which an arm that explores does."""
+        return last_iteration(float(self.setting("exploration", "until") or 0), self.iterations)
 
     def seen(self, measure: Measure) -> bool:
         """Whether training saw all of these prompts."""
@@ -104,9 +84,9 @@ class Source:
 
     @cached_property
     def _seen_sets(self) -> frozenset[str]:
-        name = str(self.config.get("prompts"))
+        name = self.run.goal.prompts
         known, seen = set(_prompts(name)), {name}
-        for other in {measure.prompts for measure in self.scores} - seen:
+        for other in {measure.prompts for measure in self.run.scores} - seen:
             prompts = _prompts(other)
             if prompts and known.issuperset(prompts):
                 seen.add(other)
@@ -162,7 +142,7 @@ class Material:
     @property
     def measures(self) -> list[Measure]:
         """Everything evaluated: the objective, then its prompts' other rewards, then the other prompt sets."""
-        found = dict.fromkeys(measure for source in self.sources for measure in source.scores)
+        found = dict.fromkeys(measure for source in self.sources for measure in source.run.scores)
         goal = self.objective
         return sorted(found, key=lambda m: (m != goal, m.prompts != goal.prompts, m.reward != goal.reward))
 
@@ -172,7 +152,7 @@ def stamp(paths: Sequence[str | Path]) -> str:
     parts = []
     for path in map(Path, paths):
         files = [path / name for name in LISTED]
-        files += sorted((path / "samples").glob("iteration-*"))
+        files += sorted((path / SAMPLES).glob("*"))
         parts += [f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files if file.exists()]
     return "|".join(parts)
 

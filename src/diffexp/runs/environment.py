@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffexp.runs.records import ENVIRONMENT
+from diffexp.runs.names import ENVIRONMENT
 from diffexp.version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffexp.runs import checkpoint
-from diffexp.runs.records import CHECKPOINTS, Records
+from diffexp.runs.names import CHECKPOINTS
+from diffexp.runs.records import Records
 from diffexp.terminal.reporter import Reporter
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffexp.errors import UserError, cut
+from diffexp.rewards.spec import parse
+from diffexp.runs.names import CONFIG, EVALUATIONS, METRICS, TITLES
 from diffexp.toml import flat, read_tables
-
-TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
-"""How the algorithms of the recipes are spelled where people read."""
 
 STRATEGIES: dict[tuple[str, ...], str] = {
     (): "",
@@ -55,14 +55,17 @@ class Run:
     """A folder that ``diffexp train`` wrote."""
 
     path: Path
+    config: Mapping[str, Any]
+    """The recipe as nested tables; ``recipe`` are those of its settings that make the method, by their dotted names."""
     seed: int
     algorithm: str
     strategies: tuple[str, ...]
-    objective: Measure
     recipe: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
+    scores: Mapping[Measure, Sequence[Mapping[str, Any]]]
+    """The records of the evaluations in the order of their queries; ``evaluations`` are the curves of their means."""
     evaluations: Mapping[Measure, Curve]
-    diversity: Mapping[str, Curve] = field(default_factory=dict)  # by prompt set, of its evaluations' images
+    diversity: Mapping[str, Curve]  # by prompt set, of its evaluations' images
 
     @property
     def name(self) -> str:
@@ -85,6 +88,30 @@ class Run:
         return TITLES.get(self.algorithm, self.algorithm) + STRATEGIES[known] + own
 
     @property
+    def goal(self) -> Measure:
+        """What training was for. The reward may be a sum, which no evaluation measures: see ``objective``."""
+        return Measure(str(self.config.get("prompts")), str(self.config.get("reward")))
+
+    @cached_property
+    def trained(self) -> tuple[str, ...]:
+        """The rewards that were trained on, as :func:`trained_on` has them."""
+        return trained_on(self.goal.reward)
+
+    def held_out(self, measure: Measure) -> bool:
+        """Whether training never saw this reward."""
+        return measure.reward not in self.trained
+
+    @cached_property
+    def objective(self) -> Measure:
+        """The evaluation that is nearest to the goal: of a sum its first member, on other prompts where need be."""
+
+        def distance(measure: Measure) -> tuple[int, bool]:
+            order = len(self.trained) if self.held_out(measure) else self.trained.index(measure.reward)
+            return order, measure.prompts != self.goal.prompts
+
+        return min(self.evaluations, key=distance, default=self.goal)
+
+    @property
     def seconds(self) -> float | None:
         """The time spent in iterations; None if no metrics say so."""
         spent = [m["seconds"] for m in self.metrics if is_number(m.get("seconds"))]
@@ -99,26 +126,34 @@ class Run:
         """
         path = Path(path).resolve()
         config = read_config(path)
-        evaluations = _evaluations(path / "evaluations.jsonl")
-        if evaluated and not evaluations:
+        scores = _scores(path / EVALUATIONS)
+        if evaluated and not scores:
             raise UserError(f"run {str(path)!r}: no evaluations; compare needs runs that were evaluated at least once")
         for key, default in (("seed", None), ("iterations", 0), ("samples", 0)):
             if not isinstance(config.get(key, default), int):
                 remedy = "give a folder that `diffexp train` wrote"
-                raise UserError(f"run {str(path)!r}: config.toml has no {key}; {remedy}")
+                raise UserError(f"run {str(path)!r}: {CONFIG} has no {key}; {remedy}")
         strategies = _strategies(config)
-        objective = Measure(str(config.get("prompts")), str(config.get("reward")))
         return cls(
             path=path,
+            config=config,
             seed=config["seed"],
             algorithm=_algorithm(config),
             strategies=strategies,
-            objective=objective if objective in evaluations else next(iter(evaluations), objective),
             recipe={key: value for key, value in flat(config).items() if not _is_incidental(key, bool(strategies))},
-            metrics=_last_of_each(objects(path / "metrics.jsonl")),
-            evaluations=evaluations,
-            diversity=_diversity(path / "evaluations.jsonl"),
+            metrics=_last_of_each(objects(path / METRICS)),
+            scores=scores,
+            evaluations={one: _curve({entry["queries"]: entry["mean"] for entry in scores[one]}) for one in scores},
+            diversity=_diversity(scores),
         )
+
+
+def trained_on(spec: str) -> tuple[str, ...]:
+    """The rewards that training on a reward spec sees: itself, and the members of a sum in their order."""
+    try:
+        return (spec, *(member.name for member in parse(spec)))
+    except UserError:  # of a version that knew other rewards
+        return (spec,)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -127,14 +162,14 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is no run folder, or its ``config.toml`` can't be read.
     """
-    file = path / "config.toml"
+    file = path / CONFIG
     if not path.is_dir():
         raise UserError(f"run {str(path)!r}: no such folder")
     if not file.is_file():
-        inside = sorted(child.parent.name for child in path.glob("*/config.toml"))
-        remedy = f"it holds runs: give them, as {path.name}/{inside[0]}" if inside else "it has no config.toml"
+        inside = sorted(child.parent.name for child in path.glob(f"*/{CONFIG}"))
+        remedy = f"it holds runs: give them, as {path.name}/{inside[0]}" if inside else f"it has no {CONFIG}"
         raise UserError(f"run {str(path)!r}: not a run folder; {remedy}")
-    return read_tables(file, f"run {str(path)!r}: config.toml")
+    return read_tables(file, f"run {str(path)!r}: {CONFIG}")
 
 
 def _algorithm(config: Mapping[str, Any]) -> str:
@@ -156,8 +191,8 @@ def _is_incidental(key: str, explores: bool) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in ignored)
 
 
-def _evaluations(file: Path) -> dict[Measure, Curve]:
-    points: dict[Measure, dict[float, float]] = {}
+def _scores(file: Path) -> dict[Measure, list[dict[str, Any]]]:
+    found: dict[Measure, dict[float, dict[str, Any]]] = {}
     for number, entry in enumerate(objects(file), start=1):
         try:
             measure = Measure(entry["prompts"], entry["reward"])
@@ -170,15 +205,16 @@ def _evaluations(file: Path) -> dict[Measure, Curve]:
             raise UserError(f"{str(file)!r}, entry {number}: the mean reward is {mean}; train this run anew")
         if not (is_number(queries) and queries >= 0):
             raise UserError(f"{str(file)!r}, entry {number}: queries = {queries}; train this run anew")
-        points.setdefault(measure, {})[queries] = mean
-    return {measure: _curve(values) for measure, values in points.items()}
+        found.setdefault(measure, {})[queries] = {**entry, "queries": queries, "mean": mean}
+    return {measure: [entries[q] for q in sorted(entries)] for measure, entries in found.items()}
 
 
-def _diversity(file: Path) -> dict[str, Curve]:
+def _diversity(scores: Mapping[Measure, Sequence[Mapping[str, Any]]]) -> dict[str, Curve]:
     points: dict[str, dict[float, float]] = {}
-    for entry in objects(file):
-        if is_number(entry.get("diversity")):
-            points.setdefault(entry["prompts"], {})[float(entry["queries"])] = float(entry["diversity"])
+    for measure, entries in scores.items():
+        for entry in entries:
+            if is_number(entry.get("diversity")):
+                points.setdefault(measure.prompts, {})[entry["queries"]] = float(entry["diversity"])
     return {prompts: _curve(values) for prompts, values in points.items()}
 
 

@@ -13,12 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffexp.runs import durable
-
-CONFIG, METRICS, EVALUATIONS = "config.toml", "metrics.jsonl", "evaluations.jsonl"
-EXPLORATION, ENVIRONMENT = "exploration.jsonl", "environment.json"
-PROMPTS, SETS = "prompts.json", "sets.json"  # of the previews: each one's prompt, and the prompt set that it is from
-CHECKPOINTS = "checkpoints"
-RECORDS = (METRICS, EVALUATIONS, EXPLORATION)
+from diffexp.runs.names import RECORDS
 
 
 class JsonLines:

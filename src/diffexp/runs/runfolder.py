@@ -12,7 +12,7 @@ from diffexp.config import Recipe
 from diffexp.errors import UserError, writing
 from diffexp.runs import checkpoint, durable
 from diffexp.runs.links import check_links
-from diffexp.runs.records import CHECKPOINTS, CONFIG, METRICS
+from diffexp.runs.names import CHECKPOINTS, CONFIG, METRICS
 from diffexp.sharing import card
 from diffexp.toml import flat
 

@@ -14,8 +14,8 @@ from diffexp.emoji import MODELS
 from diffexp.errors import cut
 from diffexp.markdown import code, plain
 from diffexp.pictures import iterations, open_png
-from diffexp.rewards.spec import parse
 from diffexp.runs import durable
+from diffexp.runs.names import CARD, PROMPTS, SAMPLES
 from diffexp.runs.reading import Run
 from diffexp.sharing.lora_header import FOLDERS, LoraHeader, without_paths
 from diffexp.version import __version__
@@ -40,7 +40,7 @@ LICENCES = {
 
 def path(folder: Path, recipe: Recipe) -> Path:
     """Where a finished run has its card."""
-    return folder / recipe.model.train / "README.md"
+    return folder / recipe.model.train / CARD
 
 
 def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
@@ -55,7 +55,7 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
     where = card.parent
     data = without_paths(recipe.model_dump(mode="json"))
     base = without_paths(source.name)
-    widget = gallery(folder / "samples", where / "images")
+    widget = gallery(folder / SAMPLES, where / "images")
     draw_curve(run, where / "images" / "curve.svg")
     template = (files("diffexp") / "templates" / "card.md.jinja").read_text(encoding="utf-8")
     # Markdown, not HTML: there is nothing to escape.
@@ -75,7 +75,7 @@ def write(folder: Path, recipe: Recipe, source: Source, xl: bool) -> Path:
         prompts=data["prompts"],
         widget=widget,
         queries=int(next(iter(run.evaluations.values())).queries[-1]),
-        scores=scores(folder, recipe),
+        scores=scores(run),
         pipeline="StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
         example=widget[0]["text"] if widget else "a cat",
         kohya=f"{run.name}.kohya.safetensors",
@@ -133,10 +133,10 @@ def gallery(samples: Path, images: Path) -> list[dict[str, Any]]:
     """Copies up to ``SHOWN`` previews of the untouched and the final model; returns the hub's widget for them."""
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
-    moments = iterations(samples)
+    moments = list(iterations(samples).values())
     if not moments:
         return []
-    prompts = json.loads((samples / "prompts.json").read_text(encoding="utf-8"))
+    prompts = json.loads((samples / PROMPTS).read_text(encoding="utf-8"))
     picked = [k * len(prompts) // min(SHOWN, len(prompts)) for k in range(min(SHOWN, len(prompts)))]
     widget: list[dict[str, Any]] = []
     rows: list[list[Image]] = []
@@ -162,16 +162,19 @@ def draw_curve(run: Run, path: Path) -> None:
     figures.save(figures.curves(panels, columns=2), path)
 
 
-def scores(folder: Path, recipe: Recipe) -> list[dict[str, Any]]:
+def scores(run: Run) -> list[dict[str, Any]]:
     """The first and the last evaluation of every prompt set and reward."""
-    trained = [member.name for member in parse(recipe.reward)]
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        row = {"prompts": without_paths(entry["prompts"]), "reward": without_paths(entry["reward"]), "n": entry["n"]}
-        known = found.setdefault((entry["prompts"], entry["reward"]), {**row, "before": entry["mean"]})
-        known |= {"after": entry["mean"], "trained": entry["reward"] in (*trained, recipe.reward)}
-    return list(found.values())
+    return [
+        {
+            "prompts": without_paths(measure.prompts),
+            "reward": without_paths(measure.reward),
+            "held_out": run.held_out(measure),
+            "before": entries[0]["mean"],
+            "after": entries[-1]["mean"],
+            "n": entries[0]["n"],
+        }
+        for measure, entries in run.scores.items()
+    ]
 
 
 def exploration(recipe: Recipe) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from diffexp.errors import UserError
+from diffexp.runs import durable
+from diffexp.runs.names import CONFIG, EVALUATIONS, METRICS
 from diffexp.runs.reading import objects, read_config
-from diffexp.runs.records import CONFIG, EVALUATIONS, METRICS
 from diffexp.toml import toml_lines
 
 FILE = "runs.jsonl"
@@ -50,7 +51,7 @@ def pack(runs: Iterable[Path], file: Path) -> int:
         }
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{json.dumps(lines[name], ensure_ascii=False)}\n" for name in sorted(lines))
-    file.write_text(text, encoding="utf-8")
+    durable.replace(file, text.encode())  # it may hold the only copy of its runs
     return len(lines)
 
 

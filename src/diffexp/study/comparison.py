@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffexp.errors import UserError, cut
+from diffexp.runs.names import CONFIG
 from diffexp.runs.reading import Curve, Measure, Run
+from diffexp.sharing.lora_header import without_paths
 from diffexp.study.comparison_report import rich_table, write
 from diffexp.study.statistics import (
     Estimate,
@@ -55,6 +57,10 @@ class Arm:
     def curves(self, measure: Measure) -> dict[int, Curve]:
         """Each seed's curve; seeds that were not evaluated on ``measure`` are missing."""
         return {seed: run.evaluations[measure] for seed, run in self.runs.items() if measure in run.evaluations}
+
+    def start(self, measure: Measure) -> float:
+        """The untouched model's reward: the mean of the seeds' first evaluations."""
+        return float(np.mean([curve.values[0] for curve in self.curves(measure).values()]))
 
     def final(self, measure: Measure) -> list[float]:
         """The final reward of each seed that was evaluated on ``measure``."""
@@ -98,7 +104,7 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Every arm's result on the reward that was trained on, and the files that were written."""
+    """Every arm's result on the ``objective``, which of a sum is its first member, and the files that were written."""
 
     objective: Measure
     results: Sequence[Result]
@@ -110,6 +116,10 @@ class Comparison:
         """Everything that was evaluated: first the objective, then the same prompts, then the rest."""
         found = dict.fromkeys(measure for result in self.results for measure in result.final)
         return tuple(sorted(found, key=lambda m: (m != self.objective, m.prompts != self.objective.prompts)))
+
+    def held_out(self, measure: Measure) -> bool:
+        """Whether training, which had one goal in all runs, never saw this reward."""
+        return self.results[0].arm.first.held_out(measure)
 
     def table(self) -> Table:
         """The arms as a rich table."""
@@ -127,7 +137,7 @@ def compare(paths: Sequence[str | Path], out: str | Path) -> Comparison:
             train on different rewards, or an ``out`` that is a file or a run.
     """
     out = Path(out)
-    if out.is_file() or (out / "config.toml").exists():
+    if out.is_file() or (out / CONFIG).exists():
         raise UserError(f"out {str(out)!r}: is {'a file' if out.is_file() else 'a run'}; give a folder of its own")
     comparison = analyse([Run.read(path) for path in paths])
     return replace(comparison, files=write(comparison, out))
@@ -141,13 +151,14 @@ def analyse(runs: Sequence[Run]) -> Comparison:
     """
     if not runs:
         raise UserError("no runs to compare: give the folders that `diffexp train` wrote")
-    objective = runs[0].objective
+    goal, objective = runs[0].goal, runs[0].objective
     for run in runs:
-        if run.objective != objective:
-            raise UserError(
-                f"runs {runs[0].name!r} and {run.name!r} train on different goals, {' / '.join(objective)} and "
-                f"{' / '.join(run.objective)}: compare runs of the same prompts and reward"
-            )
+        for kind, ours, theirs in (("train", goal, run.goal), ("are evaluated", objective, run.objective)):
+            if ours != theirs:
+                raise UserError(
+                    f"runs {runs[0].name!r} and {run.name!r} {kind} on different goals, {' / '.join(ours)} and "
+                    f"{' / '.join(theirs)}: compare runs of the same prompts and reward"
+                )
     arms = arms_of(runs)
     baselines = [baseline_of(arm, arms) for arm in arms]
     ends = [min((float(c.queries[-1]) for c in arm.curves(objective).values()), default=math.inf) for arm in arms]
@@ -198,7 +209,7 @@ def result(arm: Arm, baseline: Arm, objective: Measure, common: float = math.inf
     The area under the curve is that of as many queries as both had, and at most ``common``.
     """
     measures = dict.fromkeys(measure for run in arm.runs.values() for measure in run.evaluations)
-    start = float(np.mean([curve.values[0] for curve in baseline.curves(objective).values()]))
+    start = baseline.start(objective)
     goal = float(np.mean(baseline.final(objective)))
     times = [run.seconds for run in arm.runs.values() if run.seconds is not None]
     budget = min(common, *(float(c.queries[-1]) for a in (arm, baseline) for c in a.curves(objective).values()))
@@ -228,6 +239,10 @@ def _level(arm: Arm, baseline: Arm, objective: Measure, fraction: float, reward:
 
 def _notes(results: Sequence[Result], objective: Measure) -> list[str]:
     notes = []
+    goal = results[0].arm.first.goal
+    if objective != goal:
+        trained, shown = (" on ".join(without_paths([one.reward, one.prompts])) for one in (goal, objective))
+        notes.append(f"Training was for {trained}: final reward, queries, ratio, IQM and nAUC are of {shown} alone.")
     fewest = min(len(result.arm.runs) for result in results)
     if fewest == 1:
         notes.append("An arm with one seed has no interval: its result may be chance.")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from diffexp import figures
 from diffexp.errors import UserError, cut, one_line, printable
 from diffexp.markdown import plain
-from diffexp.pictures import open_png
+from diffexp.pictures import iterations, open_png
+from diffexp.runs.names import PROMPTS, SAMPLES
 from diffexp.runs.reading import Measure, Run
 from diffexp.study.statistics import Estimate, Ratio, Reach, mean_curve
 
@@ -106,21 +107,22 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def main_rows(comparison: Comparison) -> list[list[str]]:
-    """Header and rows: one arm a row, with the rewards that were not trained on as further columns."""
+    """Header and rows: one arm a row, with the other rewards on the same prompts as further columns."""
     objective = comparison.objective
-    held_out = [m for m in comparison.measures if m.prompts == objective.prompts and m != objective]
+    others = [m for m in comparison.measures if m.prompts == objective.prompts and m != objective]
+    kinds = ["held out" if comparison.held_out(measure) else "also trained on" for measure in others]
     header = ["arm", "seeds", "final reward", "queries to baseline's final", "ratio"]
-    rows = [[*header, *(f"held out: {m.reward}" for m in held_out), "seconds a run"]]
-    finals = [_column(result.final.get(measure) for result in comparison.results) for measure in (objective, *held_out)]
-    for result, (trained, *others) in zip(comparison.results, zip(*finals, strict=True), strict=True):
+    rows = [[*header, *(f"{kind}: {m.reward}" for kind, m in zip(kinds, others, strict=True)), "seconds a run"]]
+    finals = [_column(result.final.get(measure) for result in comparison.results) for measure in (objective, *others)]
+    for result, (final, *beside) in zip(comparison.results, zip(*finals, strict=True), strict=True):
         whole = next((level for level in result.levels if level.fraction == 1), None)
         rows.append(
             [
                 result.arm.label,
                 str(len(result.arm.runs)),
-                trained,
+                final,
                 *_level_cells(result, whole),
-                *others,
+                *beside,
                 "–" if result.seconds is None else f"{result.seconds:,.0f}",
             ]
         )
@@ -155,19 +157,24 @@ def panels(comparison: Comparison) -> list[figures.Panel]:
 def grid(arms: Sequence[Arm]) -> Image | None:
     """Before and after of each arm on the same prompts and noise; None without sample images.
 
-    Of the lowest seed that all arms have (else of each arm's first), up to 8 prompts evenly chosen.
+    Up to 8 prompts, evenly chosen, of the runs that are ``shown``.
     """
-    shared = set.intersection(*(set(arm.runs) for arm in arms))
-    chosen = [arm.runs[min(shared)] if shared else arm.first for arm in arms]
+    chosen = shown(arms)
     start = _samples(chosen[0], min)
     finals = [(arm.label, _samples(run, max)) for arm, run in zip(arms, chosen, strict=True)]
     finals = [(label, images) for label, images in finals if len(images) == len(start)]
     if not start or not finals:
         return None
-    picked = sorted({round(k * (len(start) - 1) / max(1, COLUMNS - 1)) for k in range(COLUMNS)})
+    picked = spread(len(start), COLUMNS)
     rows = [[open_png(images[k], LARGEST) for k in picked] for _, images in [("before", start), *finals]]
     prompts = _sample_prompts(chosen[0], len(start))
     return figures.image_grid(rows, ["before", *(label for label, _ in finals)], [prompts[k] for k in picked])
+
+
+def shown(arms: Sequence[Arm]) -> list[Run]:
+    """The run of each arm whose images are shown: that of the lowest seed that all have, else the arm's first."""
+    shared = set.intersection(*(set(arm.runs) for arm in arms))
+    return [arm.runs[min(shared)] if shared else arm.first for arm in arms]
 
 
 def _panel(comparison: Comparison, measure: Measure) -> figures.Panel:
@@ -179,7 +186,7 @@ def _panel(comparison: Comparison, measure: Measure) -> figures.Panel:
             lines.append(figures.Line(arm.label, queries, mean, spread, arm.first.algorithm, arm.first.explores))
         if measure == comparison.objective and arm is result.baseline and result.levels:
             levels.append(_mark(comparison, result))
-    held_out = "" if measure.reward == comparison.objective.reward else " (held out)"
+    held_out = " (held out)" if comparison.held_out(measure) else ""
     return figures.Panel(cut(measure.prompts, 60), cut(measure.reward, 60) + held_out, lines, levels)
 
 
@@ -198,8 +205,7 @@ def _panel_columns(comparison: Comparison) -> int:
 
 
 def _samples(run: Run, which: Callable[[Iterable[int]], int]) -> list[Path]:
-    numbered = ((child.name.removeprefix("iteration-"), child) for child in (run.path / "samples").glob("iteration-*"))
-    folders = {int(number): child for number, child in numbered if number.isdecimal() and child.is_dir()}
+    folders = iterations(run.path / SAMPLES)
     if 0 not in folders:
         return []
     images = (image for image in folders[which(folders)].glob("*.png") if image.stem.isdecimal())
@@ -207,7 +213,7 @@ def _samples(run: Run, which: Callable[[Iterable[int]], int]) -> list[Path]:
 
 
 def _sample_prompts(run: Run, count: int) -> list[str]:
-    file = run.path / "samples" / "prompts.json"
+    file = run.path / SAMPLES / PROMPTS
     try:
         prompts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     except (ValueError, RecursionError) as error:
@@ -257,6 +263,13 @@ def estimate_text(estimate: Estimate | None, places: int | None = None) -> str:
     if estimate.low is None or estimate.high is None:
         return fixed(estimate.value, places)
     return f"{fixed(estimate.value, places)} [{fixed(estimate.low, places)}, {fixed(estimate.high, places)}]"
+
+
+def spread(total: int, most: int) -> list[int]:
+    """At most ``most`` of ``total`` indices, evenly, the first and the last among them."""
+    if total <= most:
+        return list(range(total))
+    return [round(k * (total - 1) / (most - 1)) for k in range(most)]
 
 
 def decimals(values: Iterable[float | None], digits: int = 4) -> int:

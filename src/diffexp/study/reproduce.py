@@ -19,6 +19,7 @@ from diffexp.config import Recipe
 from diffexp.devices import slow
 from diffexp.durations import duration
 from diffexp.errors import UserError
+from diffexp.runs.names import TITLES
 from diffexp.study import archive, tuning, write_up
 from diffexp.study.archive import Folders
 from diffexp.study.comparison_report import table_text
@@ -28,7 +29,6 @@ from diffexp.study.pace import Times, Work, impractical
 from diffexp.study.paper import Figure, Tuning, chosen
 from diffexp.study.scales import SCALES, Scale
 from diffexp.study.trainer import State, Trainer
-from diffexp.study.variants import TITLES
 
 TIMES = "times.jsonl"
 

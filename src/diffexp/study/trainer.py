@@ -18,8 +18,8 @@ from diffexp.errors import UserError
 from diffexp.processes.interruption import Interrupted, Interruption
 from diffexp.processes.launch import program
 from diffexp.runs import checkpoint
+from diffexp.runs.names import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS
 from diffexp.runs.reading import objects
-from diffexp.runs.records import CHECKPOINTS, CONFIG, EVALUATIONS, METRICS
 from diffexp.runs.runfolder import finished
 from diffexp.study import archive
 from diffexp.study.archive import Folders
@@ -88,11 +88,17 @@ class State:
 
 @dataclass
 class Running:
-    """A process that trains a run."""
+    """A process that trains a run, which had painted so many images ``before`` it ``started``."""
 
     state: State
     process: subprocess.Popen[bytes]
     started: float
+    before: int
+
+    @property
+    def painted(self) -> int:
+        """Images painted since. What a killed run had painted after its checkpoint, it paints again."""
+        return max(0, painted(self.state.folder) - self.before)
 
 
 class Trainer:
@@ -104,9 +110,8 @@ class Trainer:
         self.times, self.workers, self.one_thread, self.console = times, workers, one_thread, console
         self.failed: list[State] = []
         self.count, self.done = len(self.waiting), 0
+        self.ended = 0  # images of the processes that have ended: nothing of theirs is read again
         self.images = sum(state.left for state in self.waiting)
-        self.before = {state.job.name: painted(state.folder) for state in self.waiting}
-        self.folders = {state.job.name: state.folder for state in self.waiting}
         self.begun = time.monotonic()
 
     def run(self) -> None:
@@ -130,7 +135,8 @@ class Trainer:
                         self.start(self.waiting.pop(0))
                     time.sleep(POLL)
                     self.collect()
-                    progress.update(task, completed=self.progress(), description=self.status())
+                    images = self.progress()
+                    progress.update(task, completed=images, description=self.status(images))
             finally:
                 for running in self.running:
                     running.process.kill()
@@ -146,17 +152,19 @@ class Trainer:
         recipe.write_text(state.job.recipe.to_toml(), encoding="utf-8")
         command = [*program(), "train", str(recipe), "--out", str(state.folder)]
         threads = ONE_THREAD if self.one_thread else {}
+        before = painted(state.folder)
         with log(state).open("ab") as output:
             # A session of its own: Ctrl-C in the terminal is ours to hand on, once.
             process = subprocess.Popen(  # noqa: S603
                 command, env={**os.environ, **threads}, stdout=output, stderr=output, start_new_session=True
             )
-        self.running.append(Running(state, process, time.monotonic()))
+        self.running.append(Running(state, process, time.monotonic(), before))
 
     def collect(self) -> None:
         """Takes note of the processes that have ended."""
         for running in [running for running in self.running if running.process.poll() is not None]:
             self.running.remove(running)
+            self.ended += running.painted
             seconds = time.monotonic() - running.started
             if running.process.returncode:
                 self.failed.append(running.state)
@@ -164,7 +172,7 @@ class Trainer:
                 continue
             self.done += 1
             self.times.add(running.state.job.recipe, running.state.work, spent(running.state, seconds))
-            self.say(f"{running.state.job.name}: {duration(seconds)}; {self.status()}")
+            self.say(f"{running.state.job.name}: {duration(seconds)}; {self.status(self.progress())}")
 
     def stop(self) -> None:
         """Asks every process to finish its iteration and save, and waits for it."""
@@ -176,11 +184,10 @@ class Trainer:
 
     def progress(self) -> int:
         """Images painted since the beginning."""
-        return sum(max(0, painted(folder) - self.before[name]) for name, folder in self.folders.items())
+        return self.ended + sum(running.painted for running in self.running)
 
-    def status(self) -> str:
-        """How many runs are finished, and when all will be."""
-        images = self.progress()
+    def status(self, images: int) -> str:
+        """How many runs are finished, and when all will be, after so many ``images``."""
         left = (time.monotonic() - self.begun) * max(0, self.images - images) / images if images else None
         return f"{self.done} of {self.count} runs finished, ETA {duration(left)}"
 

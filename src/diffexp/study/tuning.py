@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffexp.runs.names import TITLES
 from diffexp.runs.reading import Run
 from diffexp.study.archive import Folders, complete
 from diffexp.study.experiments import TUNING_SEEDS, Choice, trial_name
 from diffexp.study.paper import FIGURES, Arm, Tuning
 from diffexp.study.scales import Scale
 from diffexp.study.statistics import final_reward
-from diffexp.study.variants import TITLES, VARIANTS
+from diffexp.study.variants import VARIANTS
 
 
 class Trial(NamedTuple):

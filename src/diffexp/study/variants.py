@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-TITLES = {"ddpo": "DDPO", "alignprop": "AlignProp"}
-
 
 class Variant(NamedTuple):
     """A way to train: its name in a legend ("{}" is the algorithm), and changes to the DiffExp or ``plain`` recipe."""

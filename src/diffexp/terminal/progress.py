@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffexp.config import Recipe
-from diffexp.rewards.spec import parse
-from diffexp.runs.records import EVALUATIONS, METRICS
+from diffexp.runs.names import EVALUATIONS, METRICS
+from diffexp.runs.reading import trained_on
 
 
 class Evaluated(NamedTuple):
@@ -92,8 +92,7 @@ class Progress:
 
     def is_held_out(self, evaluated: Evaluated) -> bool:
         """Whether training never sees this reward."""
-        trained = {self.recipe.reward, *(member.name for member in parse(self.recipe.reward))}
-        return evaluated.reward not in trained
+        return evaluated.reward not in trained_on(self.recipe.reward)
 
 
 def headline(recipe: Recipe, folder: Path) -> str:

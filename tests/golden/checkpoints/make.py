@@ -21,7 +21,7 @@ from tiny import write_pipeline
 
 from diffexp import __version__, train
 from diffexp.config import Recipe
-from diffexp.runs.records import CONFIG, RECORDS
+from diffexp.runs.names import CONFIG, RECORDS
 from diffexp.terminal.reporter import Reporter
 
 HERE = Path(__file__).parent
