@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,29 +12,35 @@ from typing import Any
 import pytest
 import torch
 from commandline import Command
+from torch import nn
 
 from diffexp import assembly, bench
-from diffexp.bench import Meter, architecture_of, fetched, times
-from diffexp.config import Recipe
+from diffexp.bench import Meter, architecture_of, fetched
+from diffexp.config import Recipe, times
 from diffexp.errors import UserError
-from diffexp.models import TextToImage, lora
+from diffexp.models import TextToImage, blank, lora
+from diffexp.models.stable_diffusion import StableDiffusion
 from diffexp.rollout import Sampler
 
 
 class Priced(Meter):
-    """A meter of known prices: 1 s an image for a pass without a gradient, 10 s with one; 100 s for a picture."""
+    """A meter of known prices, seconds an image.
+
+    A pass costs 1 s, with a gradient 10 s; decoding 90 s and each reward 10 s, with a gradient 1000 s together.
+    """
 
     def __init__(self, recipe: Recipe, model: TextToImage) -> None:
-        self.recipe, self.model = recipe, model
+        self.recipe, self.model, self.counts = recipe, model, list[int]()
         self.plain = assembly.sampler(recipe, model)
         learner = assembly.learner(recipe, model)
         self.algorithm: Any = assembly.algorithm(recipe, self.plain, learner, lambda images, prompts: images)
 
     def step(self, sampler: Sampler, count: int, w: float, learn: bool = False) -> float:
+        self.counts.append(count)
         return (10.0 if learn else 1.0) * (1 if w in (0, 1) else 2)
 
-    def picture(self, count: int, learn: bool = False, reward: str | None = None) -> float:
-        return 1000.0 if learn else 100.0
+    def picture(self, count: int, rewards: Sequence[str] = (), learn: bool = False) -> float:
+        return 1000.0 if learn else 90.0 + 10.0 * len(rewards)
 
 
 @pytest.fixture
@@ -79,7 +87,69 @@ def test_an_evaluation_by_hand(adapted: TextToImage) -> None:
     meter = Priced(recipe, adapted)
     # a set: 10 images of 4 steps of 2 passes; the divergence on 8 of them, by two models
     assert meter.evaluation() == 2 * (10 * (8 + 100) + 8 * 16)
-    assert meter.preview() == 6 * (8 + 100)
+    assert meter.preview() == 6 * (8 + 90), "nobody scores a preview"
+    named = {"evaluation.rewards": ["jpeg-compressibility", "emoji-judge"], "evaluation.held_out": "emoji-aesthetic"}
+    recipe = Recipe.parse({"prompts": "text:a cat", "sampler": {"steps": 4}}, "test", changes | named)
+    assert Priced(recipe, adapted).evaluation() == 2 * (10 * (8 + 90 + 3 * 10) + 8 * 16), "three rewards, decoded once"
+
+
+@pytest.mark.parametrize("model", ["sd"], indirect=True)
+def test_an_evaluation_paints_no_more_at_once_than_a_rollout(adapted: TextToImage) -> None:
+    """Its divergence is of 8 images, which would need more memory than training has."""
+    recipe = Recipe.parse({"prompts": "text:a cat", "rollout": {"batch": 3}, "sampler": {"steps": 4}}, "test")
+    meter = Priced(recipe, adapted)
+    assert meter.evaluation() == 10 * (8 + 100) + 8 * 16
+    assert meter.counts == [3, 3]
+
+
+def test_rewards_are_built_once_and_images_decoded_once(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, done = [], []
+
+    def stand_in(name: str, device: torch.device) -> Callable[..., torch.Tensor]:
+        built.append(name)
+        return lambda images, texts: done.append(name) or images.new_zeros(len(images))
+
+    monkeypatch.setattr(bench, "stand_in", stand_in)
+    settings = {"prompts": ["text:a cat", "text:a dog"], "images": 1, "held_out": "emoji-judge"}
+    recipe = Recipe.parse({"device": "cpu", "sampler": {"steps": 1}, "evaluation": settings}, "test")
+    meter = Meter(recipe, str(sd_folder))
+    decode = meter.model.decode
+    monkeypatch.setattr(meter.model, "decode", lambda x: done.append("decode") or decode(x))
+    meter.evaluation()
+    assert built == ["emoji-alignment", "emoji-judge"]
+    assert done[:3] * (len(done) // 3) == done
+    assert done[:3] == ["decode", "emoji-alignment", "emoji-judge"]
+
+
+@pytest.mark.parametrize("model", ["sd"], indirect=True)
+@pytest.mark.parametrize(
+    ("precision", "train", "weights", "computes"),
+    [
+        ("bf16", "unet", torch.float32, torch.bfloat16),
+        ("bf16", "lora", torch.bfloat16, None),
+        ("fp32", "unet", torch.float32, None),
+    ],
+)
+def test_a_network_without_weights_has_the_real_ones_precisions(
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    train: str,
+    weights: torch.dtype,
+    computes: torch.dtype | None,
+) -> None:
+    def with_tokenizer(*parts: Any) -> StableDiffusion:
+        return StableDiffusion(*parts[:4], model.tokenizer, parts[5])  # tests check types, and a blank model has none
+
+    monkeypatch.setattr(blank, "StableDiffusion", with_tokenizer)
+    monkeypatch.setattr(bench, "device", torch.device)
+    recipe = Recipe.parse({"model": {"precision": precision, "train": train}}, "test")
+    opened = bench.opened(recipe.model_copy(update={"device": "meta"}), "sd15")
+    assert (opened.dtype, opened.autocast) == (weights, computes)
+    (encoder,) = opened.text_encoders().values()
+    assert next(encoder.parameters()).dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+    embedded = blank.text(opened, 2).hidden
+    assert embedded.shape == (2, 77, 768) and embedded.device.type == "meta"
 
 
 @pytest.mark.parametrize(("iterations", "every"), [(1, 10), (10, 10), (11, 10), (30, 5), (7, 3)])
@@ -112,15 +182,21 @@ def test_what_would_be_downloaded() -> None:
 def test_rewards_that_would_be_downloaded_have_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def tower(size: str, device: torch.device) -> Any:
+    class Tower(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(pooler_output=pixels.flatten(1))
+
+    def tower(size: str, device: torch.device) -> Tower:
         asked.append(size)
-        return lambda pixels: SimpleNamespace(pooler_output=pixels.flatten(1))
+        return Tower()
 
     monkeypatch.setattr(bench, "vision_tower", tower)
+    monkeypatch.setattr(bench, "tower", cache(bench.tower.__wrapped__))
     score = bench.stand_in("2*hpsv2+aesthetic+emoji-aesthetic", torch.device("cpu"))
     images = torch.rand(2, 3, 64, 64, requires_grad=True)
     scores = score(images, ["a", "b"])
-    assert asked == ["H", "L"]
+    bench.stand_in("hpsv2", torch.device("cpu"))
+    assert asked == ["H", "L"], "members that are evaluated are there already"
     assert scores.shape == (2,)
     assert torch.autograd.grad(scores.sum(), images)[0].abs().sum() > 0
 

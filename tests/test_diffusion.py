@@ -23,7 +23,7 @@ from diffexp.models.schedulers import SCHEDULERS, ddim_scheduler, noise_schedule
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_ddim_step_is_diffusers(sd_folder: Path, eta: float, prediction_type: str) -> None:
     model = models.load(str(sd_folder))
-    model.noise_schedule.register_to_config(prediction_type=prediction_type)
+    model.scheduler.register_to_config(prediction_type=prediction_type)
     reference = DDIMScheduler(**SCHEDULER, prediction_type=prediction_type)
     reference.set_timesteps(10)
     schedule = model.schedule(10)
@@ -171,4 +171,4 @@ def test_another_schedulers_config_keeps_its_betas_and_prediction_type(tmp_path:
     schedule = model.schedule(500)
     assert schedule.prediction_type == "v_prediction"
     assert schedule.alpha_bar_prev[-1] == pytest.approx(0.999), "the last step must not end at ᾱ = 1"
-    assert not model.noise_schedule.config.clip_sample
+    assert not model.scheduler.config.clip_sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_training import recipe
 
-from diffexp import models, train
+from diffexp import models, rewards, train
 from diffexp.diversity import mean_diversity, pairwise_diversity
 from diffexp.exploration import ConstantGuidance, Exploration, StepGuidance, WordChoice, WordWeighting
 from diffexp.models import TextToImage
@@ -130,5 +130,9 @@ def test_diversity_is_measured_by_an_encoder_that_is_not_trained_on() -> None:
     assert choose({"mine": own}, ("mine",)).features is thumbnails
     assert choose({"mine": own}, ()).name == "mine"
     assert choose({"mine": own, "on the same encoder": own}, ("mine",)).features is thumbnails
+    emoji = {name: rewards.load(name) for name in ("emoji-aesthetic", "emoji-alignment", "emoji-judge")}
+    assert (
+        choose(emoji, ["emoji-aesthetic"]).name == "emoji-judge"
+    )  # alignment shares its encoder
     black = torch.zeros(2, 3, 8, 8)
     assert pairwise_diversity(choose({}, ())(black).numpy()) == pytest.approx(0)

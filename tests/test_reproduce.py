@@ -354,7 +354,7 @@ def test_progress_reads_only_the_runs_that_train(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(trainer_module.subprocess, "Popen", lambda *_, **__: Process())
     first, second, _ = states = [State(job, tmp_path / job.name, 0) for job in jobs(["10a"], SCALES["emoji"])[:3]]
     tell(first, 10, 5)  # of a process that was killed
-    trainer = Trainer(states, Times(tmp_path / "times.jsonl"), 2, False, Console(quiet=True))
+    trainer = Trainer(states, Times(tmp_path / "times.jsonl"), 2, torch.device("cpu"), Console(quiet=True))
     trainer.start(first)
     trainer.start(second)
     tell(first, 30, 5)
@@ -367,6 +367,25 @@ def test_progress_reads_only_the_runs_that_train(tmp_path: Path, monkeypatch: py
     read.clear()
     assert trainer.progress() == 20 + 13
     assert read == [second.job.name]
+
+
+def test_every_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus: list[str] = []
+
+    def begin(*_: Any, env: dict[str, str], **__: Any) -> Process:
+        gpus.append(env["LOCAL_RANK"])
+        return Process()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(trainer_module.subprocess, "Popen", begin)
+    states = [State(job, tmp_path / job.name, 0) for job in jobs(["10a"], SCALES["emoji"])[:5]]
+    trainer = Trainer(states, Times(tmp_path / "times.jsonl"), 3, torch.device("cuda"), Console(quiet=True))
+    for state in states[:3]:
+        trainer.start(state)
+    trainer.running[1].process.returncode = 0
+    trainer.collect()
+    trainer.start(states[3])
+    assert gpus == ["0", "1", "2", "1"]
 
 
 def test_ctrl_c_lets_every_run_save(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

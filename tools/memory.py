@@ -12,63 +12,36 @@ and nothing was measured on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModel
 
+from diffexp import assembly
+from diffexp.bench import LARGE, architecture_of
 from diffexp.config import Recipe
-from diffexp.models import lora
-from diffexp.models.base import Source, TextToImage
-from diffexp.models.loading import PRECISIONS
-from diffexp.models.sdxl import StableDiffusionXL
-from diffexp.models.stable_diffusion import StableDiffusion
+from diffexp.models import TextToImage
+from diffexp.models.blank import blank, text, vision_tower
+from diffexp.rewards.spec import parse
 from diffexp.settings import AlignPropSettings, DDPOSettings
-from diffexp.text import TextEmbedding
 from diffexp.toml import shipped
 
+META = torch.device("meta")
 GIB = 2**30
 FRAGMENTATION = 1.1
 LIBRARIES = 0.7  # GiB: the CUDA context, cuDNN's and cuBLAS's workspaces
-VISION: dict[str, dict[str, Any]] = {
-    "L": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    },
-    "H": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    },
-}
-REWARDS = {
-    "aesthetic": (428e6, "L"),
-    "clipscore": (428e6, "L"),
-    "pickscore": (986e6, "H"),
-    "hpsv2": (986e6, "H"),
-    "imagereward": (447e6, "L"),
-}
-"""Parameters, and the vision tower that they go through."""
+PARAMETERS = {"aesthetic": 428e6, "clipscore": 428e6, "imagereward": 447e6, **dict.fromkeys(LARGE, 986e6)}
+"""Of the rewards that are networks of CLIP's size, whole."""
 
 
 class FusedAttention(torch.autograd.Function):
@@ -122,7 +95,7 @@ def peak(work: Callable[[], object], modules: Sequence[nn.Module]) -> int:
     attention = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = lambda q, k, v, *_, **__: FusedAttention.apply(q, k, v)
     try:
-        with torch.device("meta"), Meter(modules) as meter:
+        with META, Meter(modules) as meter:
             work()
     finally:
         functional.scaled_dot_product_attention = attention
@@ -135,46 +108,22 @@ def size(*modules: nn.Module) -> int:
 
 
 def model_of(recipe: Recipe) -> TextToImage:
-    """The recipe's model, without contents."""
-    dtype, xl = PRECISIONS[recipe.model.precision], "xl" in recipe.model.path
-    published = files("diffexp") / "models" / "configs" / ("sdxl" if xl else "sd15")
-
-    def config(part: str) -> dict[str, Any]:
-        return json.loads((published / part / "config.json").read_text(encoding="utf-8"))
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config("unet")).to(dtype)
-        vae = AutoencoderKL.from_config(config("vae")).to(torch.float32 if dtype == torch.float16 else dtype)
-        encoder = CLIPTextModel(CLIPTextConfig(**config("text_encoder"))).to(dtype)
-        common = (unet, vae, DDIMScheduler(), Source(recipe.model.path))
-        if xl:
-            second = CLIPTextModelWithProjection(CLIPTextConfig(**config("text_encoder_2"))).to(dtype)
-            model: TextToImage = StableDiffusionXL(*common, cast(Any, (None, None)), (encoder, second))
-        else:
-            model = StableDiffusion(*common, cast(Any, None), encoder)
-        lora.add(model, recipe.lora.rank or lora.RANK, recipe.lora.alpha, recipe.lora.targets or lora.ATTENTION)
+    """The recipe's model with what it trains, without contents."""
+    model = blank(architecture_of(recipe), recipe.model.precision, META, recipe.model.train == "unet")
+    with META:
+        assembly.make_trainable(recipe, model)
     model.computing = nullcontext  # type: ignore[method-assign]  # meta knows no autocast
     model.checkpointing("unet" in recipe.update.checkpoint, "decoder" in recipe.update.checkpoint)
     return model
-
-
-def text_of(model: TextToImage, count: int) -> TextEmbedding:
-    """``count`` embedded prompts of the model."""
-    width, pooled = (2048, torch.empty(count, 1280)) if isinstance(model, StableDiffusionXL) else (768, None)
-    null = torch.empty(77, width)
-    return TextEmbedding(
-        torch.empty(count, 77, width), [[]] * count, null, null, pooled, None if pooled is None else pooled[0]
-    )
 
 
 def phases(recipe: Recipe) -> Mapping[str, float]:
     """GiB of each phase of an iteration, and of what is always there."""
     model = model_of(recipe)
     shape, w = model.latent_shape(recipe.sampler.size), recipe.sampler.guidance
-    names = {name for name in REWARDS if re.search(rf"(^|[+*]){re.escape(name)}($|\+)", recipe.reward)}
-    with torch.device("meta"):
-        towers = [CLIPVisionModel(CLIPVisionConfig(**VISION[REWARDS[name][1]])).requires_grad_(False) for name in names]
-    rewards = sum(4 * REWARDS[name][0] for name in names)
+    names = [member.name for member in parse(recipe.reward) if member.name in PARAMETERS]
+    towers = [vision_tower("H" if name in LARGE else "L", META) for name in names]
+    rewards = sum(4 * PARAMETERS[name] for name in names)
     modules = [model.unet, model.vae, *towers]
     adapter = sum(p.numel() for _, p in model.trainable())
     always = size(model.unet, model.vae, *model.text_encoders().values()) + rewards + 3 * 4 * adapter
@@ -185,9 +134,9 @@ def phases(recipe: Recipe) -> Mapping[str, float]:
         return sum((tower(pixels).pooler_output.sum() for tower in towers), images.sum())
 
     def denoise(count: int, steps: int) -> Tensor:
-        text, x = text_of(model, count), torch.empty(count, *shape)
+        embedded, x = text(model, count), torch.empty(count, *shape)
         for _ in range(steps):
-            x = x - model.predict(x, 500, text, w)
+            x = x - model.predict(x, 500, embedded, w)
         return x
 
     @torch.no_grad()
@@ -214,9 +163,8 @@ def phases(recipe: Recipe) -> Mapping[str, float]:
     return {name: count / GIB for name, count in found.items()}
 
 
-def estimate(recipe: Recipe) -> float:
-    """GiB of the GPU's memory that a run takes."""
-    found = phases(recipe)
+def estimate(found: Mapping[str, float]) -> float:
+    """GiB of the GPU's memory that a run of these phases takes."""
     return (found["always"] + max(found["rollout"], found["update"])) * FRAGMENTATION + LIBRARIES
 
 
@@ -226,17 +174,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the figures into the recipes")
     options = parser.parse_args()
     for name in options.recipes or [name for name in shipped() if name.startswith("sd")]:
-        recipe = Recipe.load(name)
-        found, total = phases(recipe), estimate(recipe)
+        found = phases(Recipe.load(name))
+        total = estimate(found)
         print(
             f"{name:24} {total:5.1f} GiB: " + ", ".join(f"{part} {value:.1f}" for part, value in found.items()),
             flush=True,
         )
         if options.write:
             file = Path(str(files("diffexp") / "recipes" / f"{name}.toml"))
-            text = file.read_text(encoding="utf-8")
+            head = file.read_text(encoding="utf-8")
             file.write_text(
-                re.sub(r"(?<=^# Memory: about )[\d.]+", f"{total:.1f}", text, flags=re.MULTILINE), encoding="utf-8"
+                re.sub(r"(?<=^# Memory: about )[\d.]+", f"{total:.1f}", head, flags=re.MULTILINE), encoding="utf-8"
             )
 
 

@@ -207,20 +207,17 @@ def evaluator(
     batch: MicroBatch | None = None,
 ) -> Evaluator:
     """What the reward curves are made of; rewards in ``known`` are not loaded again."""
-    sets = {name: prompts.load(name) for name in recipe.evaluation.prompts or (recipe.prompts,)}
-    trained = tuple(member.name for member in parse(recipe.reward))
-    held_out = recipe.evaluation.held_out
-    names = dict.fromkeys((*(recipe.evaluation.rewards or trained), *([held_out] if held_out else [])))
-    where = on.model.device
-    functions = {name: (known or {}).get(name) or rewards.load(name, where) for name in names}
+    sets = {name: prompts.load(name) for name in recipe.evaluated_prompts}
+    known, where = known or {}, on.model.device
+    functions = {name: known.get(name) or rewards.load(name, where) for name in recipe.evaluated_rewards}
     return Evaluator(
         on,
         recipe.sampler.guidance,
         sets,
-        {name: on.model.encode(texts) for name, texts in sets.items()},
+        {name: on.model.encode_set(texts) for name, texts in sets.items()},
         functions,
         batch or rollouts(recipe),
         recipe.evaluation.images,
         ranks,
-        features.choose(functions, trained),
+        features.choose(functions, [member.name for member in parse(recipe.reward)]),
     )

@@ -8,25 +8,27 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from diffexp import assembly, models, prompts, rewards
 from diffexp.algorithms import DDPO, AlignProp, ReFL, RewardWeightedRegression
-from diffexp.config import Recipe
+from diffexp.config import Recipe, times
 from diffexp.devices import device
 from diffexp.durations import duration
 from diffexp.emoji import MODELS
 from diffexp.errors import UserError
+from diffexp.exploration import ConstantGuidance
 from diffexp.models import TextToImage
 from diffexp.models.blank import ARCHITECTURES, blank, text, vision_tower
 from diffexp.rewards.address import is_remote
+from diffexp.rewards.preprocess import resize
 from diffexp.rewards.spec import parse
 from diffexp.rollout import Sampler
 from diffexp.runs.environment import GIB, device_name, peak_memory
@@ -53,10 +55,6 @@ class Estimate:
     total_seconds: float
     memory_gib: float | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """For people."""
         memory = "unknown" if self.memory_gib is None else f"{self.memory_gib:.1f} GiB"
@@ -78,9 +76,10 @@ class Meter:
         self.model = opened(recipe, architecture)
         assembly.make_trainable(recipe, self.model)
         self.plain = assembly.sampler(recipe, self.model)
-        self.reward = stand_in(recipe.reward, self.model.device)
+        names = dict.fromkeys((recipe.reward, *recipe.evaluated_rewards))
+        self.rewards = {name: stand_in(name, self.model.device) for name in names}
         learner = assembly.learner(recipe, self.model)
-        self.algorithm: Any = assembly.algorithm(recipe, self.plain, learner, self.reward)
+        self.algorithm: Any = assembly.algorithm(recipe, self.plain, learner, self.rewards[recipe.reward])
         self.known: dict[tuple[Any, ...], float] = {}
 
     def seconds(self, key: tuple[Any, ...], count: int, work: Work) -> float:
@@ -123,18 +122,19 @@ class Meter:
 
         return self.seconds(("step", sampler is self.plain, count, scale, learn), count, work)
 
-    def picture(self, count: int, learn: bool = False, reward: str | None = None) -> float:
-        """Decoding and scoring of ``count`` images; with the backward pass where it learns."""
-        x = self.latents(count).requires_grad_(learn)
-        scorer = stand_in(reward, self.model.device) if reward else self.reward
+    def picture(self, count: int, rewards: Sequence[str] = (), learn: bool = False) -> float:
+        """Decoding of ``count`` images once, and each reward's scoring; with the backward pass where it learns."""
+        x, texts = self.latents(count).requires_grad_(learn), ["a dolphin riding a bike"] * count
 
         def work() -> None:
             with torch.set_grad_enabled(learn):
-                score = scorer(self.model.decode(x), ["a dolphin riding a bike"] * count)
-                if learn:
-                    score.sum().backward()
+                images = self.model.decode(x)
+                for name in rewards:
+                    scores = self.rewards[name](images, texts)
+                    if learn:
+                        scores.sum().backward()
 
-        return self.seconds(("picture", count, learn, reward), count, work)
+        return self.seconds(("picture", count, *rewards, learn), count, work)
 
     def iteration(self, scales: Sequence[float]) -> float:
         """Seconds of an iteration that samples under the guidance ``scales``."""
@@ -148,20 +148,20 @@ class Meter:
     def rollout(self, sampler: Sampler, scales: Sequence[float]) -> float:
         """Sampling and scoring without gradients."""
         count = min(self.recipe.rollout.batch, self.recipe.samples)
-        return sum(self.step(sampler, count, w) for w in scales) + self.picture(count)
+        return sum(self.step(sampler, count, w) for w in scales) + self.picture(count, (self.recipe.reward,))
 
     def evaluation(self) -> float:
         """Seconds of one evaluation: all sets and rewards, and the divergence from the untouched model."""
         recipe, total = self.recipe, 0.0
-        names = recipe.evaluation.rewards or (recipe.reward,)
-        for name in recipe.evaluation.prompts or (recipe.prompts,):
+        for name in recipe.evaluated_prompts:
             images = len(prompts.load(name)) * recipe.evaluation.images
             count = min(images, recipe.rollout.batch)
             total += images * self.plain.steps * self.step(self.plain, count, recipe.sampler.guidance)
-            total += images * sum(self.picture(count, reward=reward) for reward in names)
-            if recipe.model.train == "lora" and recipe.sampler.eta > 0:
+            total += images * self.picture(count, recipe.evaluated_rewards)
+            if recipe.model.train == "lora" and self.plain.random_steps:
                 few = min(images, KL_IMAGES)
-                total += few * self.plain.steps * 2 * self.step(self.plain, few, recipe.sampler.guidance)
+                step = self.step(self.plain, min(few, recipe.rollout.batch), recipe.sampler.guidance)
+                total += few * self.plain.steps * 2 * step
         return total
 
     def preview(self) -> float:
@@ -169,7 +169,7 @@ class Meter:
         recipe = self.recipe
         if not recipe.preview.images:
             return 0.0
-        images = recipe.preview.images * min(2, len({recipe.prompts, *(recipe.evaluation.prompts or ())}))
+        images = recipe.preview.images * min(2, len({recipe.prompts, *recipe.evaluated_prompts}))
         count = min(images, recipe.rollout.batch)
         step = self.plain.steps * self.step(self.plain, count, recipe.sampler.guidance)
         return images * (step + self.picture(count))
@@ -222,7 +222,7 @@ def alignprop(meter: Meter, scales: Sequence[float]) -> float:
     learned = [meter.step(algorithm.sampler, count, w, learn=True) for w in scales]
     denoising = sum((1 - p) * a + p * b for p, a, b in zip(share, plain, learned, strict=True))
     copies = (algorithm.copies - 1) * learned[-1]
-    return denoising + copies + algorithm.copies * meter.picture(count, learn=True)
+    return denoising + copies + algorithm.copies * meter.picture(count, (meter.recipe.reward,), learn=True)
 
 
 def refl(meter: Meter, scales: Sequence[float]) -> float:
@@ -231,7 +231,8 @@ def refl(meter: Meter, scales: Sequence[float]) -> float:
     count = min(meter.recipe.update.batch, meter.recipe.samples)
     plain = [meter.step(algorithm.sampler, count, w) for w in scales]
     before = mean(sum(plain[:i]) for i in range(steps - algorithm.last_steps, steps))
-    return before + meter.step(algorithm.sampler, count, scales[-1], learn=True) + meter.picture(count, learn=True)
+    learned = meter.step(algorithm.sampler, count, scales[-1], learn=True)
+    return before + learned + meter.picture(count, (meter.recipe.reward,), learn=True)
 
 
 def rwr(meter: Meter, scales: Sequence[float]) -> float:
@@ -252,10 +253,10 @@ PLANS: dict[type, Callable[[Meter, Sequence[float]], float]] = {
 
 def opened(recipe: Recipe, architecture: str) -> TextToImage:
     """A model of random weights, or one that is on this machine."""
+    settings, where, whole = recipe.model, device(recipe.device), recipe.model.train == "unet"
     if architecture in ARCHITECTURES:
-        return blank(architecture, recipe.model.precision, device(recipe.device))
-    settings, where = recipe.model, str(device(recipe.device))
-    return models.load(architecture, settings.precision, where, None, settings.variant, settings.train == "unet")
+        return blank(architecture, settings.precision, where, whole)
+    return models.load(architecture, settings.precision, str(where), None, settings.variant, whole)
 
 
 def stand_in(reward: str, where: torch.device) -> Callable[[Tensor, Sequence[str]], Tensor]:
@@ -263,15 +264,21 @@ def stand_in(reward: str, where: torch.device) -> Callable[[Tensor, Sequence[str
     names = [member.name for member in parse(reward)]
     if not any(fetched(name) for name in names):
         return rewards.load(reward, where)
-    towers = [vision_tower("H" if name in LARGE else "L", where) for name in names if fetched(name)]
+    towers = [tower(name, where) for name in names if fetched(name)]
     ready = [rewards.load(name, where) for name in names if not fetched(name) and not is_remote(name)]
 
     def score(images: Tensor, texts: Sequence[str]) -> Tensor:
-        pixels = functional.interpolate(images, (224, 224), mode="bilinear", antialias=True)
-        total = sum((tower(pixels).pooler_output.sum(1) for tower in towers), images.new_zeros(len(images)))
+        pixels = resize(images, (224, 224))
+        total = sum((one(pixels).pooler_output.sum(1) for one in towers), images.new_zeros(len(images)))
         return sum((reward(images, texts) for reward in ready), total)
 
     return score
+
+
+@cache  # a reward and a sum that it is a member of share its network, as the real ones do
+def tower(reward: str, where: torch.device) -> nn.Module:
+    """A vision transformer of a reward's size."""
+    return vision_tower("H" if reward in LARGE else "L", where)
 
 
 def fetched(reward: str) -> bool:
@@ -285,11 +292,6 @@ def architecture_of(recipe: Recipe) -> str:
     if path in MODELS or Path(path).is_dir():
         return path
     return "sdxl" if "xl" in name else "sd21" if re.search("stable-diffusion-2|sd2", name) else "sd15"
-
-
-def times(iterations: int, every: int) -> int:
-    """How often something happens that is due at both ends and every so many iterations."""
-    return 1 + iterations // every + bool(iterations % every)
 
 
 def bench(recipe: Recipe, name: str, architecture: str | None = None) -> Estimate:
@@ -309,11 +311,9 @@ def bench(recipe: Recipe, name: str, architecture: str | None = None) -> Estimat
     started, architecture = clock(), architecture or architecture_of(recipe)
     meter = Meter(recipe, architecture)
     loading = clock() - started
-    guidance = recipe.sampler.guidance
-    plain = meter.iteration([guidance] * meter.plain.steps)
-    explored = assembly.exploration(recipe, meter.plain)
-    schedule = explored.guidance or (lambda t: guidance)
-    exploring = meter.iteration([float(schedule(t)) for t in meter.plain.schedule.timesteps])
+    constant, explored = ConstantGuidance(recipe.sampler.guidance), assembly.exploration(recipe, meter.plain)
+    plain = meter.iteration(meter.plain.scales(constant))
+    exploring = meter.iteration(meter.plain.scales(explored.guidance or constant))
     active = sum(explored.active(k, recipe.iterations) for k in range(1, recipe.iterations + 1))
     training = active * exploring + (recipe.iterations - active) * plain
     observing = times(recipe.iterations, recipe.evaluation.every) * meter.evaluation()

@@ -225,7 +225,7 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="The model: emoji, sd15 or sdxl.")] = "emoji",
     seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each kind; default: 5 or 3, as planned.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs and figures.")] = Path("runs/reproduce"),
-    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one a core, or one GPU.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one a core or GPU.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do, and how long.")] = False,
     source: Annotated[
         Path | None, typer.Option("--from", help="Train nothing: draw what this store, or folder of runs, has.")
@@ -240,10 +240,10 @@ def reproduce(
     Example: diffexp reproduce 4 --scale emoji --seeds 3 --dry-run
     """
     from diffexp.study.paper import chosen
-    from diffexp.toml import parse_override
+    from diffexp.toml import parse_overrides
 
     chosen(figure, scale)  # a wrong name is refused at once: the libraries below take seconds to load
-    settings = dict(parse_override(text) for text in overrides or ())
+    settings = parse_overrides(overrides)
 
     from rich.console import Console
 

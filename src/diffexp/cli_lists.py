@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -133,15 +135,15 @@ def bench(
     """
     from diffexp.bench import bench
     from diffexp.config import Recipe
-    from diffexp.toml import parse_override
+    from diffexp.toml import parse_overrides
 
     name = recipe or {"sd15": "sd15-ddpo", "sd21": "sd15-ddpo", "sdxl": "sdxl-alignprop"}.get(arch or "", "emoji-ddpo")
-    changes = dict(parse_override(text) for text in overrides or ()) | ({"device": device} if device else {})
+    changes = parse_overrides(overrides) | ({"device": device} if device else {})
     found = bench(Recipe.load(name, changes), name, arch)
-    typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(found.lines()))
+    typer.echo(json.dumps(asdict(found), indent=1) if as_json else "\n".join(found.lines()))
 
 
-def print_table(rows: dict[str, str]) -> None:
+def print_table(rows: Mapping[str, str]) -> None:
     width = max(map(len, rows))
     for name, description in rows.items():
         typer.echo(f"{name:<{width}}  {description}")

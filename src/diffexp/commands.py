@@ -41,14 +41,15 @@ from diffexp.runs.records import grid, save_images, to_images
 from diffexp.sharing.lora_header import LoraHeader
 from diffexp.sharing.lora_header import like as recipe_like
 from diffexp.study.comparison import compare as compare_runs
-from diffexp.toml import parse_override, read_toml
+from diffexp.terminal.console import say
+from diffexp.toml import parse_overrides, read_toml
 
 console = Console(soft_wrap=True)
 
 
 def read_recipe(name: str, overrides: Sequence[str] | None) -> Recipe:
     """A recipe by name or file, with ``--set`` overrides."""
-    return Recipe.load(name, dict(parse_override(text) for text in overrides or ()))
+    return Recipe.load(name, parse_overrides(overrides))
 
 
 def recipe_to_train(name: str | None, like: Path | None, overrides: Sequence[str] | None) -> tuple[Recipe, str]:
@@ -62,9 +63,9 @@ def recipe_to_train(name: str | None, like: Path | None, overrides: Sequence[str
     if name is not None:
         return read_recipe(name, overrides), Path(name).stem
     source = LoraHeader.read(Path(str(like))).path.resolve()
-    recipe, notes = recipe_like(source, dict(parse_override(text) for text in overrides or ()))
+    recipe, notes = recipe_like(source, parse_overrides(overrides))
     for note in notes:
-        say(f"warning: {note}")
+        say(console, f"warning: {note}")
     # in a run's folder the file is called as in every other's
     stem = source.parent.parent.name if source.parent.name in ("lora", "unet") else source.stem
     return recipe, f"{stem}-again"
@@ -89,7 +90,7 @@ def resume(run: Path, processes: int, quiet: bool, as_json: bool) -> None:
     recipe = runfolder.read_recipe(run)
     refuse_code(recipe, run)
     if runfolder.finished(run, recipe):
-        return say(f"{run} is finished: there is nothing left to do")
+        return say(console, f"{run} is finished: there is nothing left to do")
     begin(recipe, run, ["resume", str(run)], processes, quiet, as_json)
 
 
@@ -114,7 +115,7 @@ class Painter(NamedTuple):
 
 def open_painter(target: str, overrides: Sequence[str] | None) -> Painter:
     """The model of a run folder with its LoRA, or a bare model under the default recipe; the emoji's takes 20 steps."""
-    changes = dict(parse_override(text) for text in overrides or ())
+    changes = parse_overrides(overrides)
     config = Path(target) / CONFIG
     if config.is_file():
         recipe = PaintingRecipe.parse(read_toml(config), str(config), changes)
@@ -223,7 +224,7 @@ def sample(
     with writing("--out", out):
         paths = save_images(pictures, out)
         grid(pictures, columns=n if len(prompts) > 1 else None).save(out / "grid.png")
-    say(f"{len(paths)} images in {out}")
+    say(console, f"{len(paths)} images in {out}")
 
 
 def explore(name: str, prompt: str, n: int, seed: int, overrides: Sequence[str] | None, out: Path) -> None:
@@ -256,7 +257,7 @@ def explore(name: str, prompt: str, n: int, seed: int, overrides: Sequence[str] 
         report_json = json.dumps({"prompt": prompt, "ways": report}, indent=1)
         (out / "exploration.json").write_text(report_json, encoding="utf-8")
     console.print(table)
-    say(f"grids in {out}")
+    say(console, f"grids in {out}")
 
 
 def ways(recipe: Recipe, sampler: Sampler) -> dict[str, Exploration]:
@@ -286,7 +287,7 @@ def compare(runs: Sequence[Path], out: Path) -> None:
     with writing("--out", out):
         console.print(compare_runs(runs, out).table())
         write_report(runs, out / FILE)
-    say(f"curves, grids, numbers and {FILE} in {out}")
+    say(console, f"curves, grids, numbers and {FILE} in {out}")
 
 
 def make_folder(out: Path) -> None:
@@ -297,8 +298,3 @@ def make_folder(out: Path) -> None:
     """
     with writing("--out", out):
         out.mkdir(parents=True, exist_ok=True)
-
-
-def say(text: str) -> None:
-    """Prints a line as it is: names of files and prompts are no markup."""
-    console.print(printable(text), markup=False, highlight=False)

@@ -14,6 +14,7 @@ from diffexp import own, rewards
 from diffexp import prompts as prompt_sets
 from diffexp.errors import UserError
 from diffexp.mistakes import mistakes
+from diffexp.rewards.spec import parse
 from diffexp.settings import (
     AlgorithmSettings,
     AlignPropSettings,
@@ -37,8 +38,9 @@ from diffexp.toml import assign, check_depth, inherited, read_toml, toml_lines, 
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
-# The appendix of the paper, where its two algorithms differ: learning rate and guidance scale. AlignProp's gradient
-# norm is bounded by 5 in its own code.
+# The appendix of the paper, where its two algorithms differ: learning rate and guidance scale. The bounds of the norm
+# are ours for alignprop: its own code bounds it by 5, but multiplies the loss by 0.01, so that 500 is its bound here.
+# sd15-alignprop has that; what was trained on the emoji model had 5.
 ALGORITHM_DEFAULTS: dict[str, dict[str, dict[str, float]]] = {
     "ddpo": {"optimizer": {"learning_rate": 3e-4, "max_grad_norm": 1.0}, "sampler": {"guidance": 5.0}},
     "alignprop": {"optimizer": {"learning_rate": 1e-3, "max_grad_norm": 5.0}, "sampler": {"guidance": 7.5}},
@@ -177,6 +179,17 @@ class Recipe(Settings):
                 "set it to 0, or train a LoRA"
             )
 
+    @property
+    def evaluated_prompts(self) -> tuple[str, ...]:
+        """The prompt sets of an evaluation, each once: those that the recipe names, else what it trains on."""
+        return tuple(dict.fromkeys(self.evaluation.prompts or (self.prompts,)))
+
+    @property
+    def evaluated_rewards(self) -> tuple[str, ...]:
+        """The rewards of an evaluation, each once: those named, else the trained sum's members; the held-out one."""
+        named = self.evaluation.rewards or [member.name for member in parse(self.reward)]
+        return tuple(dict.fromkeys((*named, *filter(None, [self.evaluation.held_out]))))
+
     @classmethod
     def load(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe in a TOML file, or the shipped one of that name, with ``{"section.key": value}`` overrides.
@@ -222,3 +235,8 @@ def complaint(what: str, check: Callable[[str], None], name: str) -> Iterable[st
         check(name)
     except UserError as error:
         yield f"{what}: {error}"
+
+
+def times(iterations: int, every: int) -> int:
+    """How often something happens that is due before the first iteration, every so many, and after the last."""
+    return 1 + iterations // every + bool(iterations % every)

@@ -41,7 +41,9 @@ def device(name: str) -> torch.device:
 
 def upload(tensor: Tensor, to: torch.device) -> Tensor:
     """The tensor on another device. From pinned memory to a GPU, so that nobody waits for what the GPU still does."""
-    return tensor.pin_memory().to(to, non_blocking=True) if to.type == "cuda" else tensor.to(to)
+    if to.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(to, non_blocking=True)
+    return tensor.to(to)
 
 
 def numbers(values: Sequence[float], dtype: torch.dtype, on: torch.device) -> Tensor:

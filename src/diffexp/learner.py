@@ -33,8 +33,9 @@ Losses = Callable[[list[int], int], Iterator[Share]]
 
 
 class Learner:
-    """AdamW over a LoRA's named parameters. ``max_grad_norm`` bounds the gradient's Euclidean norm.
+    """AdamW over what trains, by name: a LoRA, or a whole network.
 
+    ``max_grad_norm`` bounds the gradient's Euclidean norm.
     Each of the ``ranks`` adds its samples' share of the gradient; all of them take the same step. ``batch`` bounds how
     many samples go through one backward pass. ``max_dropped`` is the share of samples that may go bad. Losses are
     multiplied by ``loss_scale``, a power of two, on their way back, and gradients divided by it, so that small ones get

@@ -169,10 +169,10 @@ class Sampler:
     def current(self, prompts: Sequence[str], text: TextEmbedding) -> TextEmbedding:
         """The text as its encoders embed it now, with a gradient to them and the words weighted as they were.
 
-        ``text`` itself where the encoders are frozen.
+        ``text`` itself, where the model is, if the encoders are frozen.
         """
         if not self.model.learns_text:
-            return text
+            return text.to(self.model.device)
         parts = [
             self.model.encode([prompts[i] for i in rows]).select(range(count))
             for rows, count in self.calls(len(prompts))
@@ -215,9 +215,7 @@ class Sampler:
         for i, w in list(enumerate(scales))[start:until]:
             step = self.transition(latents[-1], i, batch.text, w, learn is None or learn[i])
             latents.append(step.sample(randn(noise, self.latent, self.model.device)))
-            with torch.no_grad():
-                unknown = latents[-1].new_full((len(batch.prompts),), torch.nan)
-                log_probs.append(step.log_prob(latents[-1]) if all(step.std) else unknown)
+            log_probs.append(recorded(step, latents[-1]))
         return Denoised(latents, log_probs)
 
     @torch.no_grad()
@@ -250,8 +248,7 @@ class Sampler:
         found = []
         for i, w in enumerate(self.scales(policy.guidance)):
             step = self.transition(latents[i], i, policy.text, w, learn=False)
-            unknown = latents[i].new_full((len(latents[i]),), torch.nan)
-            found.append(step.log_prob(latents[i + 1]) if all(step.std) else unknown)
+            found.append(recorded(step, latents[i + 1]))
         return found
 
     @torch.no_grad()
@@ -277,3 +274,9 @@ class Sampler:
                 x_t = step.sample(randn(noise, self.latent, self.model.device))
             pieces.append(total / len(self.random_steps))
         return torch.cat(pieces)
+
+
+@torch.no_grad()
+def recorded(step: Transition, x: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
+    """log p(x | x_t, c) as a trajectory keeps it: without a gradient, and NaN where the step is deterministic."""
+    return step.log_prob(x) if all(step.std) else x.new_full((len(x),), torch.nan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,7 +14,7 @@ from diffexp import prompts, rewards
 from diffexp.config import Recipe
 from diffexp.errors import UserError, unknown, writing
 from diffexp.mistakes import is_section, within
-from diffexp.toml import shipped
+from diffexp.toml import shipped, text_of
 
 FILE = "recipe.schema.json"
 """What the schema is called beside a recipe, and in this package."""
@@ -105,7 +104,7 @@ def copy_recipe(name: str, to: Path) -> Path:
     to = to / f"{name}.toml" if to.is_dir() else to
     if to.suffix != ".toml":
         raise UserError(f"{to}: the name of a recipe's file ends in .toml")
-    text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    text = text_of(name)
     own = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(DIRECTIVE))
     with writing("FILE", to):
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffexp.devices import numbers
+from diffexp.devices import numbers, upload
 
 Words = list[tuple[int, ...]]  # one prompt's words, each as the positions of its tokens
 
@@ -41,6 +41,13 @@ class TextEmbedding(NamedTuple):
             pooled=None if self.pooled is None else self.pooled[index],
             weights=None if self.weights is None else self.weights[index],
         )
+
+    def to(self, device: torch.device) -> TextEmbedding:
+        """The embedding with its tensors on a device."""
+        moved: dict[str, Any] = {
+            key: upload(value, device) for key, value in self._asdict().items() if isinstance(value, Tensor)
+        }
+        return self._replace(**moved)
 
     def unconditional(self) -> TextEmbedding:
         """What stands in for every prompt in the unconditional prediction."""

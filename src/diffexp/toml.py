@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffexp.errors import UserError, cut, unknown
@@ -17,6 +19,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+FOLDER = files("diffexp") / "recipes"
 LARGEST = 100_000
 """Bytes of a recipe: thirty times what a resolved one takes."""
 DEEPEST = 16
@@ -27,16 +30,21 @@ LONGEST_CHAIN = 8
 """Recipes that stand on one another."""
 
 
-def shipped() -> dict[str, str]:
+@cache
+def shipped() -> Mapping[str, str]:
     """The recipes of the package: name → the first comment of its file."""
-    folder = files("diffexp") / "recipes"
-    found = {Path(entry.name).stem: entry for entry in folder.iterdir() if entry.name.endswith(".toml")}
-    return {name: first_comment(found[name].read_text(encoding="utf-8")) for name in sorted(found)}
+    names = sorted(Path(entry.name).stem for entry in FOLDER.iterdir() if entry.name.endswith(".toml"))
+    return MappingProxyType({name: first_comment(text_of(name)) for name in names})
+
+
+def text_of(name: str) -> str:
+    """The file of a shipped recipe."""
+    return (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def memory_of(name: str) -> float:
     """GiB that a shipped recipe takes of a GPU's memory, or of the machine's: a comment in it or its base says so."""
-    text = (files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    text = text_of(name)
     if found := re.search(r"^# Memory: about ([\d.]+) GiB", text, re.MULTILINE):
         return float(found[1])
     return memory_of(tomllib.loads(text)["base"])
@@ -95,7 +103,7 @@ def _beside(name: str, base: str) -> str:
 
 def _tables(name: str) -> dict[str, Any]:
     if name in shipped():
-        return tomllib.loads((files("diffexp") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"))
+        return tomllib.loads(text_of(name))
     if not name.endswith(".toml"):
         raise unknown("recipe", name, shipped(), "`diffexp recipes` lists them; a file's name must end in .toml")
     return read_tables(Path(name), f"the recipe {cut(name)}")
@@ -203,6 +211,11 @@ def assign(data: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(data, dict):
             raise UserError(f"--set {cut(key)}: {cut(section)} is a value, not a section")
     data[last] = value
+
+
+def parse_overrides(texts: Sequence[str] | None) -> dict[str, Any]:
+    """The settings that ``--set`` gave, each as ``parse_override`` reads it; a later one holds."""
+    return dict(map(parse_override, texts or ()))
 
 
 def parse_override(text: str) -> tuple[str, Any]:

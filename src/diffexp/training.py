@@ -61,7 +61,7 @@ class Training:
         trackers_of(recipe)  # says what is missing before anything is loaded
         self.prompts = prompts.load(recipe.prompts)
         self.model = assembly.model(recipe, base_commit(folder, recipe.model.path))
-        self.texts = self.model.encode(self.prompts)
+        self.texts = self.model.encode_set(self.prompts)
         self.sampler = assembly.sampler(recipe, self.model)
         self.exploration = assembly.exploration(recipe, self.sampler)
         self.reward = rewards.load(recipe.reward, self.model.device)
@@ -213,7 +213,8 @@ class Training:
         ]
         keys = [(seed, iteration, k) for k in range(self.recipe.samples)]
         plain = ConstantGuidance(self.recipe.sampler.guidance)
-        return Batch([self.prompts[row] for row in rows], self.texts.select(rows), plain, keys)
+        texts = self.texts.select(rows).to(self.model.device)
+        return Batch([self.prompts[row] for row in rows], texts, plain, keys)
 
     def calibrate(self) -> None:
         """Gives an ensemble's z-scores their first statistics, from the untouched model's images."""

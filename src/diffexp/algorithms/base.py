@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 class Algorithm(Protocol):
-    """Improves the model's LoRA with one batch of online samples at a time."""
+    """Improves what trains of the model with one batch of online samples at a time."""
 
     def step(self, batch: Batch) -> Outcome:
         """One iteration; a sample whose numbers go bad is left out of it."""

@@ -156,8 +156,8 @@ class DDPO(Algorithm):
         at = numbers(i, torch.long, on), numbers(samples, torch.long, on)
         x_t, x_prev, old = trajectory.latents[at], trajectory.latents[1:][at], trajectory.log_probs[at]
         w = [trajectory.scales[index] for index in i]
-        prompts = [trajectory.prompts[sample] for sample in samples]
-        text = self.sampler.current(prompts, trajectory.text.select(samples))
+        prompts = [trajectory.prompts[row] for row in rows]
+        text = self.sampler.current(prompts, trajectory.text.select(rows)).select(list(range(len(rows))) * len(steps))
         step = self.sampler.transition(x_t, i, text, w)
         log_prob = step.log_prob(x_prev)
         credit = numbers([self.credit[index] for index in i], log_prob.dtype, on)
@@ -170,7 +170,7 @@ class DDPO(Algorithm):
             "approx_kl": drift.square() / 2,
         }
         if self.kl:
-            kl = step.kl(self.sampler.base_transition(x_t, i, prompts, text, w))
+            kl = step.kl(self.sampler.base_transition(x_t, i, prompts * len(steps), text, w))
             figures |= {"loss": loss + self.kl * kl, "kl_to_base": kl.detach()}
         return figures
 

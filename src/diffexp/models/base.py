@@ -51,10 +51,10 @@ class TextToImage(ABC):
     kohya_text_encoders: ClassVar[Mapping[str, str]]  # folder name → prefix of its keys in kohya files
 
     def __init__(
-        self, unet: UNet2DConditionModel, vae: AutoencoderKL, noise_schedule: DDIMScheduler, source: Source
+        self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMScheduler, source: Source
     ) -> None:
         self.unet, self.vae, self.source = unet.eval().requires_grad_(False), vae.eval().requires_grad_(False), source
-        self.noise_schedule = noise_schedule
+        self.scheduler = scheduler
         self.learns_text = False
         self.autocast: torch.dtype | None = None  # what the network computes in, if not in its weights' precision
         # diffusers types its configurations as plain dictionaries
@@ -71,13 +71,17 @@ class TextToImage(ABC):
 
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         """The embedding of the prompts, and of the empty text; with gradients to encoders that learn."""
-        starts = range(0, max(1, len(prompts)), EMBEDDED)
         with torch.set_grad_enabled(self.learns_text and torch.is_grad_enabled()):
-            return concatenate([self.embed(prompts[start : start + EMBEDDED]) for start in starts])
+            return concatenate([self.embed(part) for part in in_parts(prompts)])
+
+    @torch.no_grad()
+    def encode_set(self, prompts: Sequence[str]) -> TextEmbedding:
+        """The embedding of a prompt set, on the CPU: of thousands of prompts it takes gigabytes."""
+        return concatenate([self.embed(part).to(torch.device("cpu")) for part in in_parts(prompts)])
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:
-        """What ``encode`` returns."""
+        """What ``encode`` returns, of at most ``EMBEDDED`` prompts."""
 
     @abstractmethod
     def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
@@ -146,12 +150,12 @@ class TextToImage(ABC):
         Raises:
             UserError: if the model has fewer timesteps than that.
         """
-        return noise_schedule(self.noise_schedule, steps)
+        return noise_schedule(self.scheduler, steps)
 
     @property
     def prediction_type(self) -> str:
         """What the network predicts: "epsilon", "v_prediction" or "sample"."""
-        config: Any = self.noise_schedule.config
+        config: Any = self.scheduler.config
         return config.prediction_type
 
     def checkpointing(self, unet: bool, decoder: bool) -> None:
@@ -213,6 +217,11 @@ class TextToImage(ABC):
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(tensors[key])
+
+
+def in_parts(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Prompts, at most ``EMBEDDED`` at a time; of none, one part without any."""
+    return (prompts[start : start + EMBEDDED] for start in range(0, max(1, len(prompts)), EMBEDDED))
 
 
 def key_of(parameter: str) -> str:

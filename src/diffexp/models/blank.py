@@ -33,8 +33,11 @@ TOWERS = {"L": (1024, 24, 16, 14), "H": (1280, 32, 16, 14)}
 """Width, layers, heads and patch size of CLIP's vision transformers, Radford et al. 2021 and OpenCLIP."""
 
 
-def blank(architecture: str, precision: str, device: torch.device) -> TextToImage:
-    """A frozen model that can predict and decode, with weights ~ N(0, 0.02²); it has no tokenizer to read prompts."""
+def blank(architecture: str, precision: str, device: torch.device, master_weights: bool = False) -> TextToImage:
+    """A frozen model that can predict and decode, with weights ~ N(0, 0.02²); it has no tokenizer to read prompts.
+
+    Its precisions are those of :func:`diffexp.models.load`. On torch's "meta" device it has shapes and no contents.
+    """
     dtype = PRECISIONS[precision]
     published = files("diffexp") / "models" / "configs" / architecture
 
@@ -47,7 +50,8 @@ def blank(architecture: str, precision: str, device: torch.device) -> TextToImag
         encoders: list[nn.Module] = [CLIPTextModel(CLIPTextConfig(**config("text_encoder")))]
         if architecture == "sdxl":
             encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**config("text_encoder_2"))))
-    unet, encoders = filled(unet, device, dtype), [filled(encoder, device, dtype) for encoder in encoders]
+    unet = filled(unet, device, torch.float32 if master_weights else dtype)
+    encoders = [filled(encoder, device, dtype) for encoder in encoders]
     vae = filled(vae, device, torch.float32 if dtype == torch.float16 else dtype)
     quicken(unet), quicken(vae)
     common: tuple[Any, Any, Any, Any] = (
@@ -57,20 +61,26 @@ def blank(architecture: str, precision: str, device: torch.device) -> TextToImag
         Source(architecture),
     )
     if architecture == "sdxl":
-        return StableDiffusionXL(*common, cast(Any, (None, None)), cast(Any, tuple(encoders)))
-    return StableDiffusion(*common, cast(Any, None), cast(Any, encoders[0]))
+        model: TextToImage = StableDiffusionXL(*common, cast(Any, (None, None)), cast(Any, tuple(encoders)))
+    else:
+        model = StableDiffusion(*common, cast(Any, None), cast(Any, encoders[0]))
+    model.autocast = dtype if model.dtype != dtype else None
+    return model
 
 
 def filled(network: N, device: torch.device, dtype: torch.dtype = torch.float32) -> N:
-    """A network of the meta device, on a real one, with random weights."""
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    """A frozen network of the meta device with random weights, on ``device``; without any if that is meta too."""
     typed: Any = nn.Module.to(network, dtype)  # diffusers' own ``to`` warns of modules that these networks don't have
+    network = typed.eval().requires_grad_(False)
+    if device.type == "meta":
+        return network
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     network = typed.to_empty(device=device).to(memory_format=layout)
     noise = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.02, generator=noise)
-    return network.eval().requires_grad_(False)
+    return network
 
 
 def text(model: TextToImage, count: int) -> TextEmbedding:

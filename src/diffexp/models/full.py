@@ -32,15 +32,13 @@ def save(model: TextToImage, folder: Path, metadata: Mapping[str, str] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     model.unet.save_config(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.unet.state_dict().items()}
-    unfinished = durable.temporary(folder / UNET_FILE)
-    save_file(tensors, unfinished, {"format": "pt", "diffexp.version": __version__, **(metadata or {})})
-    with unfinished.open("r+b") as file:
-        put_in_order(file)
-        file.flush()
-        os.fsync(file.fileno())
-    written = unfinished.replace(folder / UNET_FILE)
-    durable.sync_folder(folder)
-    return written
+    with durable.replacing(folder / UNET_FILE) as unfinished:
+        save_file(tensors, unfinished, {"format": "pt", "diffexp.version": __version__, **(metadata or {})})
+        with unfinished.open("r+b") as file:
+            put_in_order(file)
+            file.flush()
+            os.fsync(file.fileno())
+    return folder / UNET_FILE
 
 
 def load(model: TextToImage, folder: Path) -> None:

@@ -31,22 +31,21 @@ class StableDiffusionXL(TextToImage):
         self,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
-        noise_schedule: DDIMScheduler,
+        scheduler: DDIMScheduler,
         source: Source,
         tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
         text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
         zero_uncond: bool = True,
     ) -> None:
-        super().__init__(unet, vae, noise_schedule, source)
+        super().__init__(unet, vae, scheduler, source)
         self.tokenizers, self.zero_uncond = tokenizers, zero_uncond
         self.encoders = tuple(encoder.eval().requires_grad_(False) for encoder in text_encoders)
 
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:
         texts, states = ["", *prompts], []
-        words = tokenize(self.tokenizers[0], texts)[1]
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = torch.tensor(tokenize(tokenizer, texts)[0], device=self.device)
-            encoded = encoder(ids, output_hidden_states=True)
+        (first, words), (second, _) = (tokenize(tokenizer, texts) for tokenizer in self.tokenizers)
+        for ids, encoder in zip((first, second), self.encoders, strict=True):
+            encoded = encoder(torch.tensor(ids, device=self.device), output_hidden_states=True)
             states.append(encoded.hidden_states[-2].float())
         hidden, pooled = torch.cat(states, dim=-1), encoded.text_embeds.float()
         uncond, uncond_pooled = hidden[0], pooled[0]

@@ -27,12 +27,12 @@ class StableDiffusion(TextToImage):
         self,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
-        noise_schedule: DDIMScheduler,
+        scheduler: DDIMScheduler,
         source: Source,
         tokenizer: CLIPTokenizer,
         text_encoder: CLIPTextModel,
     ) -> None:
-        super().__init__(unet, vae, noise_schedule, source)
+        super().__init__(unet, vae, scheduler, source)
         self.tokenizer, self.text_encoder = tokenizer, text_encoder.eval().requires_grad_(False)
 
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:

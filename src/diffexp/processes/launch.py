@@ -24,11 +24,11 @@ GRACE = 5.0  # seconds between asking the remaining processes to end and ending 
 ERROR = "error: "  # what the line of a user's error begins with; this process prints one for all
 
 
-def program(module: str = "diffexp") -> list[str]:
-    """Python at a module of ours. Not with the working folder among its imports: that may be a run from a stranger."""
+def program() -> list[str]:
+    """Python at diffexp. Not with the working folder among its imports: that may be a run from a stranger."""
     if sys.version_info >= (3, 11):
-        return [sys.executable, "-P", "-m", module]
-    alone = f"import runpy, sys; sys.path.remove(''); runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return [sys.executable, "-P", "-m", "diffexp"]
+    alone = "import runpy, sys; sys.path.remove(''); runpy.run_module('diffexp', run_name='__main__', alter_sys=True)"
     return [sys.executable, "-c", alone]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,6 +87,12 @@ class EmojiAlignment(_Similarity):
         super().__init__("alignment", model, device)
 
 
+@cache
+def alignment(device: str | torch.device = "cpu") -> EmojiAlignment:
+    """The one ``emoji-alignment`` of a device: another reward is a head on its features, and they are told to be."""
+    return EmojiAlignment(device)
+
+
 class EmojiJudge(_Similarity):
     """The held-out judge, as ImageReward is the paper's: another architecture, seed and data split than the CLIP's.
 
@@ -120,7 +127,7 @@ class EmojiAesthetic(nn.Module):
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         super().__init__()
-        self.features: Callable[[Tensor], Tensor] = EmojiAlignment(device).image_features
+        self.image_features: Callable[[Tensor], Tensor] = alignment(device).image_features
         tensors = load_file(weights_path("aesthetic") / "head.safetensors")
         hidden, width = tensors["0.weight"].shape
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
@@ -130,4 +137,4 @@ class EmojiAesthetic(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Ratings (B,) of images (B, 3, H, W) in [0, 1], float32; the prompts do not matter."""
-        return self.head(self.features(images))[:, 0]
+        return self.head(self.image_features(images))[:, 0]

@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 SHIPPED = {
     "emoji-alignment": Entry(
-        "how well image and prompt match, by a CLIP of the emoji world", "diffexp.rewards.emoji:EmojiAlignment", True
+        "how well image and prompt match, by a CLIP of the emoji world", "diffexp.rewards.emoji:alignment", True
     ),
     "emoji-aesthetic": Entry(
         "how pleasing the image is to the emoji world's rater", "diffexp.rewards.emoji:EmojiAesthetic", True

@@ -57,11 +57,22 @@ def replace(path: Path, data: bytes) -> None:
     Raises:
         OSError: if the disk refuses; the file is then as it was.
     """
+    with replacing(path) as unfinished:
+        write_synced(unfinished, data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A context in which a file is written and synced under the name given, and which gives it ``path``'s at its end.
+
+    Raises:
+        OSError: if the disk refuses; whatever goes wrong, ``path`` is then as it was, and what was written is gone.
+    """
     unfinished = temporary(path)
     try:
-        write_synced(unfinished, data)
+        yield unfinished
         unfinished.replace(path)
-    except OSError:
+    except Exception:
         with suppress(OSError):
             unfinished.unlink()
         raise

@@ -14,12 +14,14 @@ from diffexp.config import Recipe
 from diffexp.errors import UserError
 from diffexp.pictures import iterations, open_png
 from diffexp.rewards.spec import parse
+from diffexp.runs.names import SAMPLES
 from diffexp.runs.reading import Measure, Run
 from diffexp.runs.records import to_images
 from diffexp.study import comparison
 from diffexp.study.archive import Folders
+from diffexp.study.comparison_report import spread
 from diffexp.study.experiments import Choice, Job, job, run_name, seeds_of
-from diffexp.study.findings import Measured, start
+from diffexp.study.findings import Measured
 from diffexp.study.paper import (
     COLUMNS,
     STRATEGIES,
@@ -126,15 +128,14 @@ class Drawing:
         """The same noise at moments of training: two rows an arm, of seed 0."""
         rows, labels, heads = [], [], []
         for arm in panel.arms:
-            folder = self.folders(panel.task, arm)[0] / "samples"
-            moments = iterations(folder)
-            places = sorted({round(k * (len(moments) - 1) / (MOMENTS - 1)) for k in range(MOMENTS)})
-            picked = [moments[place] for place in places]
+            folder = self.folders(panel.task, arm)[0] / SAMPLES
+            moments = list(iterations(folder).items())
+            picked = [moments[place] for place in spread(len(moments), MOMENTS)]
             samples = self.job(panel.task, arm).recipe.samples
-            heads = [f"{int(path.name.removeprefix('iteration-')) * samples:,} queries" for path in picked]
+            heads = [f"{iteration * samples:,} queries" for iteration, _ in picked]
             for k in range(2):
-                if (picked[0] / f"{k}.png").is_file():
-                    rows.append([open_png(path / f"{k}.png", LARGEST) for path in picked])
+                if (picked[0][1] / f"{k}.png").is_file():
+                    rows.append([open_png(path / f"{k}.png", LARGEST) for _, path in picked])
                     labels.append(panel.label(arm))
         return figures.image_grid(rows, labels, heads)
 
@@ -157,7 +158,9 @@ class Drawing:
         found: dict[str, list[Image]] = {}
         for arm in block.arms:
             if not found:
-                found["pre-trained"] = painted(untouched(self.job(block.task, arm).recipe), prompts)
+                recipe = self.job(block.task, arm).recipe
+                # algorithms have scales of their own, and this row stands for all of them
+                found[f"pre-trained, w={recipe.sampler.guidance:g}"] = painted(untouched(recipe), prompts)
             found[panel.label(arm)] = painted(open_painter(str(self.folders(block.task, arm)[0]), None), prompts)
         return found
 
@@ -191,7 +194,7 @@ def bars(measured: Sequence[Measured]) -> Any:
             for seeds in one.arms.values()
             if seeds.runs
         ]
-        groups.append(figures.Group(one.panel.title.replace(", ", "\n"), start(one), found))
+        groups.append(figures.Group(one.panel.title.replace(", ", "\n"), one.baseline.start(one.measure), found))
         rewards[one.measure.reward] = None
     return figures.bars(groups, f"final {' / '.join(rewards)}")
 
@@ -214,13 +217,12 @@ def measures(recipe: Recipe, panel: Panel) -> list[Measure]:
         UserError: if the recipe evaluates none.
     """
     trained = [member.name for member in parse(recipe.reward)]
-    rewards = [reward for reward in recipe.evaluation.rewards or trained if (reward in trained) != panel.held_out]
-    sets = recipe.evaluation.prompts or (recipe.prompts,)
-    prompts = [name for name in sets if (name == recipe.prompts) != panel.unseen]
+    rewards = [reward for reward in recipe.evaluated_rewards if (reward in trained) != panel.held_out]
+    prompts = [name for name in recipe.evaluated_prompts if (name == recipe.prompts) != panel.unseen]
     if not (prompts and rewards):
         raise UserError(
-            f"figure panel {panel.title!r} has nothing to show of evaluation.prompts = {list(sets)} and "
-            f"evaluation.rewards = {list(recipe.evaluation.rewards or trained)}: it needs "
+            f"figure panel {panel.title!r} has nothing to show of evaluation.prompts = "
+            f"{list(recipe.evaluated_prompts)} and evaluation.rewards = {list(recipe.evaluated_rewards)}: it needs "
             f"{'other prompts than' if panel.unseen else 'also'} {recipe.prompts!r}"
             f"{', and a held-out reward' if panel.held_out else ''}"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffexp import prompts as prompt_sets
-from diffexp.config import Recipe
+from diffexp.config import Recipe, times
 from diffexp.study.paper import COLUMNS, FIGURES, STRATEGIES, Arm, Figure, Grid, Strategies, Tuning, wanted
 from diffexp.study.scales import SEEDS, Scale
 from diffexp.study.variants import VARIANTS
@@ -35,10 +35,9 @@ class Job:
     @property
     def evaluated(self) -> int:
         """Images that its evaluations paint."""
-        settings, last = self.recipe.evaluation, self.recipe.iterations
-        times = 1 + last // settings.every + bool(last % settings.every)
-        sets = settings.prompts or (self.recipe.prompts,)
-        return times * settings.images * sum(len(prompt_sets.load(name)) for name in sets)
+        settings = self.recipe.evaluation
+        images = settings.images * sum(len(prompt_sets.load(name)) for name in self.recipe.evaluated_prompts)
+        return times(self.recipe.iterations, settings.every) * images
 
 
 class Painting(NamedTuple):

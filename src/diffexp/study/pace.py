@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from diffexp.bench import bench
+import torch
+
 from diffexp.config import Recipe
 from diffexp.devices import device
 from diffexp.emoji import MODELS
 from diffexp.errors import UserError
-from diffexp.memory import out_of_memory
 from diffexp.processes.launch import program
 from diffexp.runs.reading import objects
 from diffexp.runs.records import JsonLines
@@ -24,7 +23,17 @@ from diffexp.settings import DDPOSettings
 from diffexp.study.experiments import Job
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""The environment of a process that shares the CPU with others."""
+"""What a process is told that shares the CPU with others."""
+
+
+def surroundings(worker: int, where: torch.device) -> dict[str, str]:
+    """The environment of one of several processes at a time: one thread on a CPU, a GPU of its own if there are enough.
+
+    ``worker`` counts from 0, and ``where`` is the device that their recipes ask for.
+    """
+    if where.type == "cuda":
+        return {**os.environ, "LOCAL_RANK": str(worker % torch.cuda.device_count())}
+    return {**os.environ, **(ONE_THREAD if where.type == "cpu" else {})}
 
 
 class Work(NamedTuple):
@@ -98,40 +107,26 @@ def impractical(recipe: Recipe) -> bool:
 
 
 def measurements(recipe: Recipe, workers: int) -> list[dict[str, float]]:
-    """What several processes, each with one thread, measure at the same time: :func:`measure`'s."""
+    """The images of a run and their seconds, as several ``diffexp bench`` at the same time say."""
+    where = device(recipe.device)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.toml"
         file.write_text(recipe.to_toml(), encoding="utf-8")
-        command = [*program("diffexp.study.pace"), str(file)]
+        command = [*program(), "bench", str(file), "--json"]
         started = [
-            subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE)  # noqa: S603
-            for _ in range(workers)
+            subprocess.Popen(command, env=surroundings(worker, where), stdout=subprocess.PIPE)  # noqa: S603
+            for worker in range(workers)
         ]
         said = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise UserError(f"{recipe.model.path} with {recipe.algorithm.name} could not be timed: its message is above")
-    return [json.loads(one.splitlines()[-1]) for one in said]
-
-
-def measure(recipe: Recipe) -> dict[str, float]:
-    """The images of a run, and what they take by ``diffexp bench``, which downloads nothing."""
-    job, cost = Job("", recipe), bench(recipe, "")
-    return {
-        "queries": job.queries,
-        "training": cost.seconds_per_iteration * recipe.iterations,
-        "evaluated": job.evaluated,
-        "rest": cost.evaluation_seconds,
-    }
-
-
-def main(arguments: Sequence[str]) -> None:
-    try:
-        print(json.dumps(measure(Recipe.load(arguments[0]))))
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"error: out of memory: {str(error).splitlines()[0]}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    job = Job("", recipe)
+    return [
+        {
+            "queries": job.queries,
+            "training": cost["seconds_per_iteration"] * recipe.iterations,
+            "evaluated": job.evaluated,
+            "rest": cost["evaluation_seconds"],
+        }
+        for cost in map(json.loads, said)
+    ]

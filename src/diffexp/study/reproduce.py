@@ -29,6 +29,7 @@ from diffexp.study.pace import Times, Work, impractical
 from diffexp.study.paper import Figure, Tuning, chosen
 from diffexp.study.scales import SCALES, Scale
 from diffexp.study.trainer import State, Trainer
+from diffexp.terminal.console import say
 
 TIMES = "times.jsonl"
 
@@ -104,19 +105,18 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
     ahead = [state.job.recipe for state in states if not state.finished]
     ahead += [painting.recipe for figure in pictures.values() for painting in figure]
     where = device([*(state.job.recipe for state in states), *ahead])
-    on_cpu = where.type == "cpu"
-    workers = workers or (os.cpu_count() or 1 if on_cpu else 1)
+    workers = workers or ({"cpu": os.cpu_count(), "cuda": torch.cuda.device_count()}.get(where.type) or 1)
+    tell = partial(say, console)
     if ahead and (reason := slow(ahead[0].model.precision, where)):
-        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+        tell(reason)
     if dry_run:
-        times.try_out(ahead, workers, partial(console.print, highlight=False))
+        times.try_out(ahead, workers, tell)
     describe(plan.figures, states, pictures, times, workers, console)
     if large := [recipe.model.path for recipe in ahead if impractical(recipe)]:
-        reason = f"{large[0]} needs a GPU to be practical; on this CPU nothing is timed"
-        console.print(reason, highlight=False, markup=False, soft_wrap=True)
+        tell(f"{large[0]} needs a GPU to be practical; on this CPU nothing is timed")
     if plan.scale.candidates:
         tuned = ", ".join(dict.fromkeys(f"{TITLES[algorithm]} on {task}" for algorithm, task in plan.choice()))
-        console.print(f"tuned so far: {tuned or 'nothing; recipes have their own settings until then'}", soft_wrap=True)
+        tell(f"tuned so far: {tuned or 'nothing; recipes have their own settings until then'}")
     if dry_run:
         return
     tried = [name for name, figure in plan.figures.items() if isinstance(figure, Tuning)]
@@ -130,14 +130,13 @@ def make(plan: Plan, workers: int | None, dry_run: bool, console: Console) -> No
         )
     for stage in (first, plan):
         # the second stage's recipes are known when the first is finished
-        Trainer(stage.states(), times, workers, on_cpu, console).run()
+        Trainer(stage.states(), times, workers, where, console).run()
     drawing = plan.drawing(plan.runs.trained / "figures")
     for key, figure in plan.figures.items():
         if isinstance(figure, Tuning):
-            table = table_text(tuning.rows(tuning.tried(figure, plan.scale, plan.runs)))
-            console.print(table, highlight=False, markup=False, soft_wrap=True)
+            tell(table_text(tuning.rows(tuning.tried(figure, plan.scale, plan.runs))))
         for file in drawing.draw(key, figure)[:1]:
-            console.print(f"figure {key}: {file}", highlight=False, soft_wrap=True)
+            tell(f"figure {key}: {file}")
 
 
 def keep(plan: Plan, store: Path, console: Console) -> None:
@@ -171,7 +170,7 @@ def keep(plan: Plan, store: Path, console: Console) -> None:
             if name in plan.figures or (write_up.runs_of(name, drawing) - theirs) & kept
         }
         document = write_up.write(paper | ours, drawing, store)
-    console.print(f"{len(kept)} runs in {file}; figures beside it; {document}", highlight=False, soft_wrap=True)
+    say(console, f"{len(kept)} runs in {file}; figures beside it; {document}")
 
 
 def describe(
@@ -186,7 +185,7 @@ def describe(
     for key, figure in figures.items():
         images = sum(painting.images for painting in pictures[key])
         drawn = f"; {images} images are painted to draw it" if images else ""
-        console.print(f"figure {key}: {figure.title}{drawn}", highlight=False, soft_wrap=True)
+        say(console, f"figure {key}: {figure.title}{drawn}")
     left = [state for state in states if not state.finished]
     expected = {state.job.name: times.expected(state.job.recipe, state.work) for state in left}
     if states:
@@ -200,12 +199,11 @@ def describe(
     queries, evaluated = sum(state.job.queries for state in left), sum(state.job.evaluated for state in left)
     drawings = [painting for figure in pictures.values() for painting in figure]
     drawing = [times.expected(painting.recipe, Work(0, painting.images)) for painting in drawings]
-    console.print(
+    say(
+        console,
         f"{len(states)} runs, {len(states) - len(left)} finished; the others: {queries:,} queries, "
         f"{evaluated:,} evaluated images; drawing: {sum(painting.images for painting in drawings):,} images; "
         f"expected time, {workers} at a time: {together(expected.values(), workers, drawing)}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 

@@ -116,9 +116,7 @@ def iqm(values: Sequence[float] | Array) -> float:
     return float(ordered[cut : len(ordered) - cut].mean())
 
 
-def bootstrap_mean(
-    values: Sequence[float] | Array, seed: int = 0, method: Literal["percentile", "BCa"] = "percentile"
-) -> Estimate:
+def bootstrap_mean(values: Sequence[float] | Array, method: Literal["percentile", "BCa"] = "percentile") -> Estimate:
     """The mean over seeds with a bootstrap 95 % interval of 10,000 resamples; one value has no interval.
 
     With fewer than about ten seeds such intervals are too narrow: see :func:`too_narrow`.
@@ -132,7 +130,7 @@ def bootstrap_mean(
     from scipy.stats import bootstrap  # slow to import
 
     result = bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method=method, rng=_generator(seed)
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method=method, rng=_generator()
     )
     return Estimate(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
@@ -151,7 +149,7 @@ def too_narrow(seeds: int) -> str | None:
     )
 
 
-def query_ratio(method: Sequence[Reach], baseline: Sequence[Reach], seed: int = 0) -> Ratio:
+def query_ratio(method: Sequence[Reach], baseline: Sequence[Reach]) -> Ratio:
     """How many queries ``method`` needs for each query of ``baseline``; the k-th of both are runs of the same seed.
 
     Without censoring: the geometric mean exp(mean log(Q_method / Q_baseline)) with a percentile bootstrap over pairs.
@@ -162,10 +160,10 @@ def query_ratio(method: Sequence[Reach], baseline: Sequence[Reach], seed: int = 
     least, most = (np.array(side) for side in zip(*map(_ratio_bounds, method, baseline), strict=True))
     pairs = len(least)
     if np.array_equal(least, most):
-        mean, low, high = bootstrap_mean(np.log(least), seed)
+        mean, low, high = bootstrap_mean(np.log(least))
         bounds = (None, None) if low is None or high is None else (math.exp(low), math.exp(high))
         return Ratio(math.exp(mean), math.exp(mean), *bounds, pairs, "geometric mean")
-    low, high = (_median_bound(least, seed, 0), _median_bound(most, seed, -1)) if pairs > 1 else (None, None)
+    low, high = (_median_bound(least, 0), _median_bound(most, -1)) if pairs > 1 else (None, None)
     return Ratio(float(np.median(least)), float(np.median(most)), low, high, pairs, "median")
 
 
@@ -187,12 +185,13 @@ def _ratio_bounds(method: Reach, baseline: Reach) -> tuple[float, float]:
     return (ratio if baseline.reached else 0.0), (ratio if method.reached else math.inf)
 
 
-def _median_bound(values: Array, seed: int, end: Literal[0, -1]) -> float:
+def _median_bound(values: Array, end: Literal[0, -1]) -> float:
     # scipy interpolates between resamples, which turns two infinite ones into NaN: take an order statistic instead.
-    draws = _generator(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    draws = _generator().integers(len(values), size=(RESAMPLES, len(values)))
     tail = int((1 - CONFIDENCE) / 2 * RESAMPLES)
     return float(np.sort(np.median(values[draws], axis=1))[tail : RESAMPLES - tail][end])
 
 
-def _generator(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
+def _generator() -> np.random.Generator:
+    """The same draws for every interval: a table comes out the same each time."""
+    return np.random.default_rng(0)

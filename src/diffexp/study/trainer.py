@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -24,7 +24,8 @@ from diffexp.runs.runfolder import finished
 from diffexp.study import archive
 from diffexp.study.archive import Folders
 from diffexp.study.experiments import Job
-from diffexp.study.pace import ONE_THREAD, Spent, Times, Work
+from diffexp.study.pace import Spent, Times, Work, surroundings
+from diffexp.terminal.console import say
 from diffexp.toml import flat
 
 MACHINE = ("device", "model.precision", "rollout.batch", "update.batch", "update.checkpoint")
@@ -94,6 +95,7 @@ class Running:
     process: subprocess.Popen[bytes]
     started: float
     before: int
+    worker: int
 
     @property
     def painted(self) -> int:
@@ -102,12 +104,14 @@ class Running:
 
 
 class Trainer:
-    """Trains the unfinished runs, ``workers`` at a time; ``one_thread`` for processes that share a CPU."""
+    """Trains the unfinished runs, ``workers`` at a time, on the device or the devices that ``where`` is one of."""
 
-    def __init__(self, states: Sequence[State], times: Times, workers: int, one_thread: bool, console: Console) -> None:
+    def __init__(
+        self, states: Sequence[State], times: Times, workers: int, where: torch.device, console: Console
+    ) -> None:
         self.waiting = [state for state in states if not state.finished]
         self.running: list[Running] = []
-        self.times, self.workers, self.one_thread, self.console = times, workers, one_thread, console
+        self.times, self.workers, self.where, self.console = times, workers, where, console
         self.failed: list[State] = []
         self.count, self.done = len(self.waiting), 0
         self.ended = 0  # images of the processes that have ended: nothing of theirs is read again
@@ -151,14 +155,14 @@ class Trainer:
         recipe = recipes / f"{state.job.name}.toml"
         recipe.write_text(state.job.recipe.to_toml(), encoding="utf-8")
         command = [*program(), "train", str(recipe), "--out", str(state.folder)]
-        threads = ONE_THREAD if self.one_thread else {}
+        worker = min(set(range(self.workers)) - {running.worker for running in self.running})
         before = painted(state.folder)
         with log(state).open("ab") as output:
             # A session of its own: Ctrl-C in the terminal is ours to hand on, once.
             process = subprocess.Popen(  # noqa: S603
-                command, env={**os.environ, **threads}, stdout=output, stderr=output, start_new_session=True
+                command, env=surroundings(worker, self.where), stdout=output, stderr=output, start_new_session=True
             )
-        self.running.append(Running(state, process, time.monotonic(), before))
+        self.running.append(Running(state, process, time.monotonic(), before, worker))
 
     def collect(self) -> None:
         """Takes note of the processes that have ended."""
@@ -192,7 +196,7 @@ class Trainer:
         return f"{self.done} of {self.count} runs finished, ETA {duration(left)}"
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
 
 def differs(folder: Path, job: Job, free: Collection[str]) -> bool:

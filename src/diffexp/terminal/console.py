@@ -30,6 +30,11 @@ def reporter(quiet: bool = False, as_json: bool = False) -> Reporter:
     return LiveReporter(console) if live else PlainReporter(console)
 
 
+def say(console: Console, text: str) -> None:
+    """Prints text as it is: names of files and prompts are no markup, and no line is broken."""
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+
+
 class QuietReporter(Reporter):
     """Only warnings."""
 
@@ -37,7 +42,7 @@ class QuietReporter(Reporter):
         self.console = console
 
     def say(self, text: str) -> None:
-        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def warned(self, message: str) -> None:
         self.say(f"warning: {message}")
