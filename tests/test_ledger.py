@@ -131,8 +131,6 @@ def test_diversity_is_measured_by_an_encoder_that_is_not_trained_on() -> None:
     assert choose({"mine": own}, ()).name == "mine"
     assert choose({"mine": own, "on the same encoder": own}, ("mine",)).features is thumbnails
     emoji = {name: rewards.load(name) for name in ("emoji-aesthetic", "emoji-alignment", "emoji-judge")}
-    assert (
-        choose(emoji, ["emoji-aesthetic"]).name == "emoji-judge"
-    )  # alignment shares its encoder
+    assert choose(emoji, ["emoji-aesthetic"]).name == "emoji-judge"  # alignment shares its encoder
     black = torch.zeros(2, 3, 8, 8)
     assert pairwise_diversity(choose({}, ())(black).numpy()) == pytest.approx(0)
