@@ -209,7 +209,7 @@ def test_clipscore_is_a_hundred_times_the_cosine_and_never_negative(clip):
 @pytest.mark.parametrize(("name", "height", "width"), [("square", 64, 64), ("wide", 40, 72)])
 def test_hpsv2_equals_the_published_package(tmp_path, name, height, width):
     hpsv2.convert(golden_state("hpsv2"), tmp_path, TINY_CLIP)
-    reward = hpsv2.hpsv2(Clip(frozen(CLIPModel, tmp_path, "cpu", torch.float32), FixedTokens(TOKENS)))
+    reward = hpsv2.hpsv2(Clip(frozen(CLIPModel, tmp_path, "cpu"), FixedTokens(TOKENS)))
     images = pictures(f"hpsv2/{name}/0", f"hpsv2/{name}/1", height=height, width=width)
     assert score(reward, images, ["0", "1"]).tolist() == pytest.approx(NUMBERS["hpsv2"]["scores"][name], **TOLERANCE)
 

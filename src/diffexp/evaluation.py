@@ -108,8 +108,6 @@ class Evaluator(NamedTuple):
 
         Sampled anew, for it needs the latents: as much work as an evaluation of twice as many images.
         """
-        if not self.kl_images:
-            return None
         count = min(self.kl_images, len(task.prompts))
         if not count:
             return None

@@ -107,7 +107,7 @@ class Group:
     bars: Sequence[Bar]
 
 
-def curves(panels: Sequence[Panel], title: str = "", columns: int = 3) -> Figure:
+def curves(panels: Sequence[Panel], columns: int = 3) -> Figure:
     """Reward over queries, a panel each, under one legend: the mean of the seeds and a band of their spread."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -123,7 +123,7 @@ def curves(panels: Sequence[Panel], title: str = "", columns: int = 3) -> Figure
             _draw(ax, panel, styles)
         for ax in axes[len(panels) :]:
             ax.remove()
-        _legend(figure, styles, title)
+        _legend(figure, styles)
     return figure
 
 
@@ -229,14 +229,9 @@ def captioned(pictures: Sequence[Image], captions: Sequence[str]) -> Image:
     return canvas
 
 
-def before_after(
-    before: Sequence[Image],
-    after: Sequence[Image],
-    prompts: Sequence[str] = (),
-    labels: Sequence[str] = ("before", "after"),
-) -> Image:
+def before_after(before: Sequence[Image], after: Sequence[Image], prompts: Sequence[str] = ()) -> Image:
     """Two rows, the same prompts and seeds above and below: what fine-tuning did."""
-    return image_grid([before, after], labels, prompts)
+    return image_grid([before, after], ["before", "after"], prompts)
 
 
 def _styles(lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
@@ -286,16 +281,14 @@ def _mark(ax: Axes, level: Level, styles: Mapping[str, Mapping[str, Any]]) -> No
         ax.scatter([queries], [level.reward], color=styles[label]["color"], **dot)
 
 
-def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]], title: str) -> None:
+def _legend(figure: Figure, styles: Mapping[str, Mapping[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], linewidth=2.6, label=label, **style) for label, style in styles.items()]
     # A letter is about a twelfth of an inch wide, the line before it and the gap behind it half an inch.
     width = max(2.1, 0.5 + max(len(label) for label in styles) / 12)
     columns = min(len(handles), max(1, int(figure.get_figwidth() // width)))
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=columns, frameon=False, handlelength=2.6, title=title
-    )
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, handlelength=2.6)
 
 
 def _enlarged(image: Image, cell: int) -> Image:

@@ -105,6 +105,6 @@ def noise_schedule(scheduler: DDIMScheduler, steps: int) -> NoiseSchedule:
         raise UserError(f"sampler.steps = {steps}: this model takes 1…{most}")
     scheduler.set_timesteps(steps)
     timesteps = tuple(int(t) for t in scheduler.timesteps)
-    alpha_bar = tuple(float(scheduler.alphas_cumprod.double()[t]) for t in timesteps)
+    alpha_bar = tuple(float(scheduler.alphas_cumprod[t]) for t in timesteps)
     final = float(scheduler.final_alpha_cumprod)
     return NoiseSchedule(timesteps, alpha_bar, (*alpha_bar[1:], final), config.prediction_type)

@@ -68,13 +68,13 @@ class ClipReward:
 
 
 @cache
-def load_clip(folder: Path, tokenizer: Path, device: str, dtype: torch.dtype = torch.float32) -> Clip:
+def load_clip(folder: Path, tokenizer: Path, device: str) -> Clip:
     """The CLIP in ``folder`` with the tokenizer in another; the same object for the same arguments.
 
     ``folder`` is a hub snapshot, so its name tells repository and commit. ``load_clip.cache_clear()`` frees them all.
     """
     words = CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    return Clip(frozen(CLIPModel, folder, device, dtype), words)
+    return Clip(frozen(CLIPModel, folder, device), words)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ def load(device: torch.device | str) -> ImageReward:
 
 def open_converted(folder: Path, tokenizer: BertTokenizer, device: torch.device | str) -> ImageReward:
     """The reward from the folder that ``convert`` wrote."""
-    vision = frozen(BlipVisionModel, folder / "vision", device, torch.float32)
-    text = frozen(BlipTextModel, folder / "text", device, torch.float32, add_pooling_layer=False)
+    vision = frozen(BlipVisionModel, folder / "vision", device)
+    text = frozen(BlipTextModel, folder / "text", device, add_pooling_layer=False)
     head = load_file(folder / "head.safetensors")
     return ImageReward(vision, text, tokenizer, head["weight"], head["bias"])
 

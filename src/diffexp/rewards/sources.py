@@ -41,7 +41,6 @@ class Source:
 class Requirement:
     """What a reward needs: a source, and which of its files are not on this machine yet."""
 
-    reward: str
     source: Source
     missing: tuple[str, ...] = field(default=())
 
@@ -137,7 +136,7 @@ def check(spec: str) -> list[Requirement]:
     """
     check_name(spec)
     names = [member.name for member in parse(spec)]
-    return [Requirement(name, source, _missing(source)) for name in names for source in NEEDS.get(name, ())]
+    return [Requirement(source, _missing(source)) for name in names for source in NEEDS.get(name, ())]
 
 
 def cache_folder() -> Path:

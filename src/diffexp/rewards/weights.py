@@ -63,17 +63,16 @@ def unpickled(source: Source, convert: Callable[[State, Path], None]) -> Path:
     return folder
 
 
-def frozen(model: type[Model], folder: Path, device: torch.device | str, dtype: torch.dtype, **kwargs: Any) -> Model:
-    """A transformers model of a concrete class from a local folder: safetensors, evaluation mode, no gradients.
+def frozen(model: type[Model], folder: Path, device: torch.device | str, **kwargs: Any) -> Model:
+    """A transformers model of a concrete class from a local folder: safetensors, float32, evaluation, no gradients.
 
     Raises:
         UserError: if the folder's weights are not exactly those of the class.
     """
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, **kwargs}
     try:
         with no_progress_bars():
-            loaded, report = model.from_pretrained(  # type: ignore[attr-defined]
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **kwargs
-            )
+            loaded, report = model.from_pretrained(folder, dtype=torch.float32, **options)  # type: ignore[attr-defined]
     except OSError as error:
         raise UserError(f"{folder} cannot be read as a {model.__name__}: {first_line(error)}") from error
     wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
