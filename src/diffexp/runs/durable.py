@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from diffexp.errors import UserError
 
 TEMPORARY = ".tmp-"
@@ -72,7 +74,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.replace(path)
-    except Exception:
+    except (OSError, SafetensorError):
         with suppress(OSError):
             unfinished.unlink()
         raise
