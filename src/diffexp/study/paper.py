@@ -143,13 +143,13 @@ def masking(title: str, baseline: str, *variants: str) -> Curves:
 
 # Those with the most seeds first: what a study that is cut short has is then worth most.
 FIGURES: dict[str, Figure] = {
-    # ours: each reward has a scale of its own, so what is right for one may be far from right for the other. DDPO
-    # learns nothing to speak of on 135 prompts in so few queries, on one it does.
+    # ours: each reward has a scale of its own, so what is right for one may be far from right for the other. And what
+    # is right for DDPO on one prompt is too fast for 135.
     "tuning": Tuning(
         "Settings tried",
         {
             "alignprop": {"pickscore": ("pickscore", "drawbench"), "aesthetic": ("aesthetic", "sdxl")},
-            "ddpo": {"dolphin": ("dolphin", "pickscore"), "aesthetic": ("aesthetic",)},
+            "ddpo": {"dolphin": ("dolphin",), "pickscore": ("pickscore",), "aesthetic": ("aesthetic",)},
         },
         ALIGNPROP + DDPO,
     ),
