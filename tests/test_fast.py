@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from inspect import signature
 
@@ -61,6 +61,27 @@ def test_an_adapter_that_is_off_adds_nothing(sd_folder: object) -> None:
     assert not torch.allclose(model.predict(x, 500, text, 3.0), before, atol=1e-5)
     with model.base():
         assert torch.allclose(model.predict(x, 500, text, 3.0), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", ["sd_folder", "xl_folder"])
+def test_a_pass_looks_through_no_list_of_layers(
+    folder: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.load(str(request.getfixturevalue(folder)))
+    lora.add(model, rank=3, seed=1)
+    x, text = numbers(1, *model.latent_shape()), model.encode(["a cat"])
+    looked, look = [], nn.Module.modules
+
+    def modules(self: nn.Module) -> Iterator[nn.Module]:
+        looked.append(type(self))
+        return look(self)
+
+    monkeypatch.setattr(nn.Module, "modules", modules)
+    assert model.unet.device.type == "cpu"
+    assert looked, "diffusers' own answer does"
+    looked.clear()
+    model.predict(x, 500, text, 3.0)
+    assert not looked
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
