@@ -127,11 +127,14 @@ def test_controls_and_masking_change_one_thing(runs: dict[str, dict[str, Recipe]
 
 
 def test_the_study_fits_its_hours() -> None:
-    """What is planned for eight hours on two cores, at 0.8 s a DDPO image, 0.3 s with AlignProp, 0.2 s painted."""
+    """What is planned for two cores, at 0.8 s a DDPO image, 0.3 s with AlignProp, 0.2 s painted.
+
+    It was eight hours and became nine: DDPO on alignment has a tuning of its own, as that of one prompt did not fit it.
+    """
     jobs_of_all = jobs(chosen("all", "emoji"), SCALES["emoji"])
     seconds = {"ddpo": 0.8, "alignprop": 0.3}
     hours = sum(one.queries * seconds[one.recipe.algorithm.name] + 0.2 * one.evaluated for one in jobs_of_all) / 7200
-    assert 6 < hours < 9
+    assert 6 < hours < 9.5
     seeds = {name: {one.recipe.seed for one in jobs([name], SCALES["emoji"])} for name in ("4", "6", "7", "9a", "1")}
     assert [len(found) for found in seeds.values()] == [5, 5, 5, 3, 3]
 
@@ -141,8 +144,8 @@ def test_tuning_has_equal_budgets_and_seeds_of_its_own() -> None:
     tuned, reported = jobs(["tuning"], scale), jobs(chosen("all", "emoji").keys() - {"tuning"}, scale)
     assert {one.recipe.seed for one in tuned} == {100, 101}
     assert not {one.recipe.seed for one in reported} & {100, 101}
-    tasks = ("ddpo", "dolphin"), ("ddpo", "aesthetic"), ("alignprop", "pickscore"), ("alignprop", "aesthetic")
-    for algorithm, task in tasks:
+    tasks = {"ddpo": ("dolphin", "pickscore", "aesthetic"), "alignprop": ("pickscore", "aesthetic")}
+    for algorithm, task in ((algorithm, task) for algorithm, names in tasks.items() for task in names):
         plain, explored = (
             [one.recipe for one in tuned if re.fullmatch(f"tuning-{task}-{algorithm}{part}-lr.*", one.name)]
             for part in ("", "-diffexp")

@@ -61,7 +61,7 @@ class Scale:
 
 
 SCALES = {
-    # The study: what it costs is chosen here, to fit about eight hours on two cores. A DDPO run is 768 queries and an
+    # The study: what it costs is chosen here, to fit about nine hours on two cores. A DDPO run is 768 queries and an
     # AlignProp run 1,024, evaluated five times; 20 steps instead of 50, and few images of each prompt instead of 10.
     "emoji": Scale(
         "emoji",
