@@ -62,7 +62,7 @@ def call(
     figure: str, out: Path, settings: dict[str, Any], seeds: int = 1, dry_run: bool = False, scale: str = "emoji"
 ) -> str:
     """What ``reproduce`` says."""
-    console = Console(record=True, width=200, quiet=False)
+    console = Console(record=True, width=80, quiet=False)
     with console.capture() as capture:
         reproduce(figure, scale, seeds, out, 2, dry_run, settings, console)
     return capture.get()
@@ -147,6 +147,14 @@ def test_dry_run_lists_runs_samples_and_time(
     said = call("1", tmp_path, settings, seeds=3, dry_run=True)
     assert "6 runs, 2 finished" in said
     assert "expected time, 2 at a time: 24 s" in said
+
+
+def test_names_of_runs_are_never_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Times, "try_out", lambda *_: None)
+    said = call("tuning", tmp_path, {}, dry_run=True)
+    names = {job.name for job in jobs(["tuning"], SCALES["emoji"])}
+    assert max(map(len, names)) > 50, "longer than what is left of 80 columns"
+    assert names == set(re.findall(r"^(tuning-\S+) .* to do .* unknown *$", said, re.MULTILINE))
 
 
 def test_unfinished_runs_go_on_and_strangers_are_refused(tmp_path: Path, sd_folder: Path) -> None:

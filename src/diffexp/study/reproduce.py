@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -195,6 +196,8 @@ def describe(
         for state in states:
             job, due = state.job, duration(expected[state.job.name]) if not state.finished else ""
             table.add_row(job.name, f"{job.queries:,}", f"{job.evaluated:,}", str(state), due)
+        whole = console.options.update(max_width=sys.maxsize)  # a name that is cut short names no folder
+        table.width = console.measure(table, options=whole).maximum
         console.print(table, soft_wrap=True)
     queries, evaluated = sum(state.job.queries for state in left), sum(state.job.evaluated for state in left)
     drawings = [painting for figure in pictures.values() for painting in figure]
