@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from diffexp.config import Recipe
+from diffexp.images import save_images
 from diffexp.models.base import Source
-from diffexp.runs.records import save_images
 from diffexp.sharing import card
 
 PROMPTS = ['a "quoted" cat: 3', "a bike", "a dog", "an ant", "a bee", "a cow"]

@@ -18,11 +18,11 @@ from tiny import write_original
 
 from diffexp import models
 from diffexp.errors import UserError
+from diffexp.images import to_images
 from diffexp.models import TextToImage, lora
 from diffexp.models.header import put_in_order
 from diffexp.pictures import open_png
 from diffexp.randomness import generator
-from diffexp.runs.records import to_images
 from diffexp.sharing.lora_header import METADATA_KEY
 
 

@@ -25,6 +25,7 @@ from diffexp.errors import UserError, cut, printable, writing
 from diffexp.evaluation import Score
 from diffexp.exploration import ConstantGuidance, Exploration, GuidanceSchedule, StepGuidance, WordWeighting
 from diffexp.figures import image_grid
+from diffexp.images import grid, save_images, to_images
 from diffexp.memory import MicroBatch
 from diffexp.models.hub import locate
 from diffexp.prompts.files import clean
@@ -37,7 +38,6 @@ from diffexp.rollout import Batch, Sampler
 from diffexp.runs import runfolder
 from diffexp.runs.environment import base_commit
 from diffexp.runs.names import CONFIG
-from diffexp.runs.records import grid, save_images, to_images
 from diffexp.sharing.lora_header import LoraHeader
 from diffexp.sharing.lora_header import like as recipe_like
 from diffexp.study.comparison import compare as compare_runs

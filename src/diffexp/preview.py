@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffexp.exploration import ConstantGuidance
+from diffexp.images import grid, save_images, to_images
 from diffexp.memory import MicroBatch
 from diffexp.pictures import moment_name
 from diffexp.processes.parallel import ALONE, Ranks
 from diffexp.rollout import Batch, Sampler
 from diffexp.runs.names import PROMPTS, SETS
-from diffexp.runs.records import grid, save_images, to_images
 from diffexp.text import TextEmbedding, concatenate
 
 

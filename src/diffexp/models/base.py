@@ -23,6 +23,7 @@ from diffexp.diffusion import NoiseSchedule, rowwise
 from diffexp.errors import UserError
 from diffexp.models.schedulers import noise_schedule
 from diffexp.text import TextEmbedding, Words, concatenate
+from diffexp.weights import misfits
 
 LatentShape = tuple[int, int, int]
 EMBEDDED = 64
@@ -212,8 +213,7 @@ class TextToImage(ABC):
             UserError: if the tensors are those of another model, or of an adapter of another shape.
         """
         own = {key_of(name): parameter for name, parameter in self.trainable()}
-        wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
-        if wrong:
+        if wrong := misfits(own, tensors):
             raise UserError(f"what was saved does not fit this model: {len(wrong)} tensors differ, {wrong[0]} for one")
         with torch.no_grad():
             for key, parameter in own.items():

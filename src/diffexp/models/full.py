@@ -20,6 +20,7 @@ from diffexp.models.header import put_in_order
 from diffexp.runs import durable
 from diffexp.sharing.lora_header import UNET_FILE
 from diffexp.version import __version__
+from diffexp.weights import misfits
 
 
 def unfreeze(model: TextToImage) -> None:
@@ -53,7 +54,6 @@ def load(model: TextToImage, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't read the network {file}: {error}") from error
     own = model.unet.state_dict()
-    wrong = sorted(own.keys() ^ tensors.keys()) or [k for k in own if own[k].shape != tensors[k].shape]
-    if wrong:
+    if wrong := misfits(own, tensors):
         raise UserError(f"the network {file} does not fit this model: {len(wrong)} tensors differ, {wrong[0]} for one")
     model.unet.load_state_dict(tensors)

@@ -13,6 +13,7 @@ from diffexp.errors import UserError
 from diffexp.rewards.clip import Clip, ClipReward, load_clip
 from diffexp.rewards.sources import CLIP_H_TOKENIZER, HPS_20, HPS_21, Source
 from diffexp.rewards.weights import State, hub_folder, unpickled
+from diffexp.weights import misfits
 
 # open_clip's ViT-H-14: exact GELU, the rest as in CLIP.
 VIT_H_14 = {
@@ -105,9 +106,8 @@ def rename(state: State, config: CLIPConfig) -> State:
     """
     renamed = {name: tensor.contiguous() for key, value in state.items() for name, tensor in _rename(key, value)}
     with torch.device("meta"):
-        wanted = {name: value.shape for name, value in CLIPModel(config).state_dict().items()}
-    if {name: value.shape for name, value in renamed.items()} != wanted:
-        wrong = sorted(wanted.keys() ^ renamed.keys()) or ["the shapes"]
+        wanted = CLIPModel(config).state_dict()
+    if wrong := misfits(wanted, renamed):
         raise UserError(f"the HPSv2 file is no CLIP of the expected size: {len(wrong)} differences, as {wrong[0]}")
     return renamed
 

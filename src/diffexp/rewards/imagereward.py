@@ -18,6 +18,7 @@ from diffexp.rewards.base import in_chunks
 from diffexp.rewards.preprocess import preprocess
 from diffexp.rewards.sources import BERT_TOKENIZER, IMAGEREWARD
 from diffexp.rewards.weights import State, frozen, hub_folder, unpickled
+from diffexp.weights import misfits
 
 # The published model's standardisation and prompt length.
 MEAN = 0.16717362830052426
@@ -167,8 +168,6 @@ def _part(state: State, prefix: str, names: Sequence[tuple[str, str]], model: to
             for pattern, replacement in names:
                 key = re.sub(pattern, replacement, key)
             part[key] = value.contiguous()
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
-    if {key: value.shape for key, value in part.items()} != wanted:
-        wrong = sorted(wanted.keys() ^ part.keys()) or ["the shapes"]
+    if wrong := misfits(model.state_dict(), part):
         raise UserError(f"the ImageReward file's {prefix}* has {len(wrong)} differences, as {wrong[0]}")
     return part

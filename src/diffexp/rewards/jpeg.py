@@ -7,10 +7,11 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
+
+from diffexp.images import to_images
 
 QUALITY = 95
 
@@ -24,14 +25,11 @@ class Jpeg:
         self.name = name
         self.sign = sign
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to scores (B,); the prompts do not matter."""
-        pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-        arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
         # Pillow releases the interpreter's lock while it encodes.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            kilobytes = list(pool.map(_kilobytes, arrays))
+            kilobytes = list(pool.map(_kilobytes, to_images(images)))
         return self.sign * torch.tensor(kilobytes, dtype=torch.float32, device=images.device)
 
 
@@ -45,7 +43,7 @@ def incompressibility(device: torch.device | str) -> Jpeg:
     return Jpeg("jpeg-incompressibility", 1.0)
 
 
-def _kilobytes(array: np.ndarray) -> float:
+def _kilobytes(picture: Image) -> float:
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="JPEG", quality=QUALITY)
+    picture.save(buffer, format="JPEG", quality=QUALITY)
     return buffer.tell() / 1000

@@ -20,6 +20,7 @@ from safetensors.torch import load as read_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from diffexp.images import to_images
 from diffexp.rewards.service import PNG, SAFETENSORS, Limits
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
@@ -49,7 +50,7 @@ def encode(images: Tensor, prompts: Sequence[str], form: str) -> tuple[str, byte
     if form == SAFETENSORS:
         files = [to_safetensors({"images": images.detach().cpu().contiguous()})]
     else:
-        files = [_png(image) for image in images]
+        files = [_png(picture) for picture in to_images(images)]
     fields = [("prompts", "", "application/json", json.dumps(list(prompts)).encode())]
     fields += [("images", f'; filename="{k}.{form[-3:]}"', form, data) for k, data in enumerate(files)]
     boundary = secrets.token_hex(16)
@@ -200,10 +201,9 @@ def _pixels(data: bytes, size: tuple[int, int]) -> Tensor:
     return pixels.view(rgb.height, rgb.width, 3).permute(2, 0, 1).float() / 255
 
 
-def _png(image: Tensor) -> bytes:
-    pixels = (image.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

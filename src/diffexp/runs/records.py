@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
-from torch import Tensor
 
 from diffexp.runs import durable
 from diffexp.runs.names import RECORDS
@@ -70,28 +66,3 @@ class Records:
     def restore(self, contents: Mapping[str, bytes]) -> list[Path]:
         """Makes ``contents`` all that they hold; returns those that were damaged."""
         return [file.path for name, file in self.files.items() if not file.restore(contents.get(name, b""))]
-
-
-def to_images(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [0, 1] as pictures of 8 bits a channel."""
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(image) for image in pixels]
-
-
-def save_images(pictures: Sequence[Image.Image], folder: Path) -> list[Path]:
-    """Writes 0.png, 1.png … into ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{k}.png" for k in range(len(pictures))]
-    for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path)
-    return paths
-
-
-def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """The pictures on one sheet, as square as may be, with a thin white gap."""
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    width, height = (side + 2 for side in pictures[0].size)
-    sheet = Image.new("RGB", (columns * width + 2, math.ceil(len(pictures) / columns) * height + 2), "white")
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (2 + k % columns * width, 2 + k // columns * height))
-    return sheet

@@ -12,11 +12,11 @@ from diffexp import assembly, figures
 from diffexp.commands import Painter, open_painter, ways
 from diffexp.config import Recipe
 from diffexp.errors import UserError
+from diffexp.images import to_images
 from diffexp.pictures import iterations, open_png
 from diffexp.rewards.spec import parse
 from diffexp.runs.names import SAMPLES
 from diffexp.runs.reading import Measure, Run
-from diffexp.runs.records import to_images
 from diffexp.study import comparison
 from diffexp.study.archive import Folders
 from diffexp.study.comparison_report import spread
