@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from brightness import brightness
 from conftest import caught_gradient
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from test_rollout import batch
+from torch import nn
 
 from diffexp import rollout
 from diffexp.algorithms import AlignProp
@@ -86,16 +91,31 @@ def test_micro_batches_change_no_gradient(double: Sampler, settings: dict[str, i
 
 
 @pytest.mark.parametrize("model", ["sd"], indirect=True)
-def test_recomputing_activations_changes_no_gradient(double: Sampler) -> None:
+@pytest.mark.parametrize("parts", [("unet", "decoder"), ("attention",)])
+def test_recomputing_activations_changes_no_gradient(double: Sampler, parts: tuple[str, ...]) -> None:
     sampler = double
     on = batch(sampler.model)
     start = sampler.model.state()
     plain = gradient_of(align(sampler), on)
     sampler.model.set_state(start)
-    sampler.model.checkpointing(unet=True, decoder=True)
+    sampler.model.checkpointing(parts)
     recomputed = gradient_of(align(sampler), on)
     for name in plain:
         torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(("parts", "again"), [((), (1, 1)), (("attention",), (1, 2)), (("unet",), (2, 2))])
+def test_only_what_is_asked_for_is_computed_again(
+    model: TextToImage, parts: tuple[str, ...], again: tuple[int, int]
+) -> None:
+    model.checkpointing(parts)
+    calls: Counter[nn.Module] = Counter()
+    for block in model.unet.modules():
+        block.register_forward_pre_hook(lambda block, _: calls.update([block]))
+    x = torch.randn(1, *model.latent_shape()).requires_grad_()
+    model.predict(x, 500, model.encode(["a cat"]), 3.0).sum().backward()
+    kinds = ResnetBlock2D, BasicTransformerBlock
+    assert tuple(max(n for block, n in calls.items() if isinstance(block, kind)) for kind in kinds) == again
 
 
 def test_random_truncation_draws_once_an_iteration_and_stays_in_range(sampler: Sampler) -> None:

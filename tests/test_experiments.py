@@ -150,7 +150,7 @@ def test_tuning_has_equal_budgets_and_seeds_of_its_own() -> None:
             [one.recipe for one in tuned if re.fullmatch(f"tuning-{task}-{algorithm}{part}-lr.*", one.name)]
             for part in ("", "-diffexp")
         )
-        assert len(plain) == 2 * len(scale.candidates[algorithm])
+        assert len(plain) == 2 * len(scale.tried(algorithm, task))
         for ours, theirs in zip(explored, plain, strict=True):
             assert ours.model_copy(update={"exploration": theirs.exploration}) == theirs
             assert ours.iterations * 2 == job(scale, task, Arm(algorithm, "plain"), 0, {}).recipe.iterations

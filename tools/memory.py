@@ -113,7 +113,7 @@ def model_of(recipe: Recipe) -> TextToImage:
     with META:
         assembly.make_trainable(recipe, model)
     model.computing = nullcontext  # type: ignore[method-assign]  # meta knows no autocast
-    model.checkpointing("unet" in recipe.update.checkpoint, "decoder" in recipe.update.checkpoint)
+    model.checkpointing(recipe.update.checkpoint)
     return model
 
 

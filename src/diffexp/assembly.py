@@ -194,7 +194,7 @@ def algorithm(
     recipe: Recipe, on: Sampler, optimiser: Learner, scorer: Scorer, batch: MicroBatch | None = None
 ) -> Algorithm:
     """The recipe's algorithm, ready to step; ``batch`` images are sampled at once."""
-    on.model.checkpointing("unet" in recipe.update.checkpoint, "decoder" in recipe.update.checkpoint)
+    on.model.checkpointing(recipe.update.checkpoint)
     make = ALGORITHMS[type(recipe.algorithm)]
     return make(recipe.algorithm, Parts(recipe, on, optimiser, scorer, batch or rollouts(recipe)))
 

@@ -237,8 +237,9 @@ class RolloutSettings(Settings):
 class UpdateSettings(Settings):
     batch: Positive = 4
     """Images in one backward pass, of ddpo also an image's timesteps: memory and speed only."""
-    checkpoint: tuple[Literal["unet", "decoder"], ...] = ()
-    """What the backward pass computes again, the network's blocks or the VAE's decoder: less memory, more time."""
+    checkpoint: tuple[Literal["unet", "attention", "decoder"], ...] = ()
+    """What the backward pass computes again: the network, only its attention (most of the memory for less of the time),
+    the VAE's decoder."""
 
 
 class EvaluationSettings(Settings):

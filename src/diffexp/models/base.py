@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -160,15 +161,23 @@ class TextToImage(ABC):
         config: Any = self.scheduler.config
         return config.prediction_type
 
-    def checkpointing(self, unet: bool, decoder: bool) -> None:
-        """Trades compute for memory where gradients flow: recompute the UNet's blocks, the decoder's parts, or both.
+    def checkpointing(self, parts: Collection[str]) -> None:
+        """Trades compute for memory where gradients flow: ``parts`` are computed again, "unet", "attention", "decoder".
+
+        Of the network all residual and transformer blocks, or the latter alone. Those hold 64 % of what a pass of
+        Stable Diffusion 1.5 keeps at 512², and 82 % for XL at 1024²; the residual blocks hold 18 % and 10 %, for 48 % and
+        21 % of the work to compute again.
 
         The decoder's parts are its residual blocks, attentions and upsamplers, one at a time: at the size of the image
         each of them holds about ten tensors for its gradient, and diffusers' own checkpoints span three of them.
         """
-        if unet:
+        if "unet" in parts:
             self.unet.enable_gradient_checkpointing()
-        if decoder:
+        elif "attention" in parts:
+            for transformer in self.unet.modules():
+                if isinstance(transformer, Transformer2DModel):
+                    transformer.enable_gradient_checkpointing()
+        if "decoder" in parts:
             for part in self.vae.decoder.modules():
                 if isinstance(part, (Attention, ResnetBlock2D, Upsample2D)):
                     part.forward = partial(checkpoint, part.forward, use_reentrant=False)  # type: ignore[method-assign]

@@ -82,7 +82,7 @@ def trials(scale: Scale, task: str, arm: Arm, candidate: str, overrides: Mapping
     """The runs of one candidate for an arm: half as long as the figures', evaluated at both ends."""
     found = []
     for seed in TUNING_SEEDS:
-        settings = {**scale.candidates[arm.algorithm][candidate], **overrides}
+        settings = {**scale.tried(arm.algorithm, task)[candidate], **overrides}
         whole = job(scale, task, arm, seed, settings).recipe
         half = max(1, whole.iterations // 2)
         short = {"iterations": half, "evaluation.every": half, "evaluation.prompts": [whole.prompts]}
@@ -108,7 +108,7 @@ def jobs(
     for name in names:
         figure = FIGURES[name]
         if isinstance(figure, Tuning):
-            tried = [(task, arm, key) for task, arm in figure.tried for key in scale.candidates[arm.algorithm]]
+            tried = [(task, arm, key) for task, arm in figure.tried for key in scale.tried(arm.algorithm, task)]
             made = [one for trial in tried for one in trials(scale, *trial, overrides or {})]
         else:
             each = [(seed, *one) for seed in range(seeds_of(name, scale, seeds)) for one in wanted(figure)]

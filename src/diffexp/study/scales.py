@@ -25,7 +25,8 @@ ALAMO = "a spaceship hovering over The Alamo"
 class Task:
     """What is trained on. ``held_out`` is a reward that is only evaluated, ``unseen`` prompts that are.
 
-    ``instead`` has the prompts that grids show in the place of the paper's.
+    ``instead`` has the prompts that grids show in the place of the paper's; ``candidates``, by algorithm, what tuning
+    tries on this task besides its scale's.
     """
 
     prompts: str
@@ -34,6 +35,7 @@ class Task:
     held_out: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     instead: Mapping[str, str] = field(default_factory=dict)
+    candidates: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def overrides(self) -> dict[str, Any]:
         """The task as settings of a recipe. Each run evaluates everything that any figure wants of it."""
@@ -59,6 +61,10 @@ class Scale:
     candidates: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
 
+    def tried(self, algorithm: str, task: str) -> dict[str, Mapping[str, Any]]:
+        """The settings that tuning tries for an algorithm on a task, by name."""
+        return {**self.candidates[algorithm], **self.tasks[task].candidates.get(algorithm, {})}
+
 
 SCALES = {
     # The study: what it costs is chosen here, to fit about nine hours on two cores. A DDPO run is 768 queries and an
@@ -83,6 +89,8 @@ SCALES = {
                 "animal-activities-unseen",
                 "emoji-judge",
                 settings={"evaluation.images": 1},
+                # of the candidates of all tasks even the lowest may be too fast here
+                candidates={"ddpo": {"lr-1e-3": {"optimizer.learning_rate": 1e-3}}},
             ),
             # ours: the small painter in XL's shape, with as many images of the few prompts as of the many.
             "sdxl": Task(

@@ -41,7 +41,7 @@ def tried(figure: Tuning, scale: Scale, runs: Folders) -> list[Trial]:
     """Every candidate whose runs are all there, finished."""
     found = []
     for task, arm in figure.tried:
-        for name in scale.candidates[arm.algorithm]:
+        for name in scale.tried(arm.algorithm, task):
             folders = [runs.find(trial_name(task, arm, name, seed)) for seed in TUNING_SEEDS]
             if all(complete(folder) for folder in folders):
                 found.append(Trial(task, arm, name, tuple(final(folder) for folder in folders)))
@@ -54,10 +54,10 @@ def choice(scale: Scale, runs: Folders) -> Choice:
     if not (scale.candidates and isinstance(figure, Tuning)):
         return {}
     found = tried(figure, scale, runs)
-    planned = Counter((task, arm.algorithm) for task, arm in figure.tried for _ in scale.candidates[arm.algorithm])
+    planned = Counter((task, arm.algorithm) for task, arm in figure.tried for _ in scale.tried(arm.algorithm, task))
     done = Counter((trial.task, trial.arm.algorithm) for trial in found)
     return {
-        (algorithm, alike): scale.candidates[algorithm][winner(found, task, algorithm)]
+        (algorithm, alike): scale.tried(algorithm, task)[winner(found, task, algorithm)]
         for task, algorithm in planned
         if done[task, algorithm] == planned[task, algorithm]
         for alike in figure.tasks[algorithm][task]
