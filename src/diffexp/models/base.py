@@ -165,8 +165,8 @@ class TextToImage(ABC):
         """Trades compute for memory where gradients flow: ``parts`` are computed again, "unet", "attention", "decoder".
 
         Of the network all residual and transformer blocks, or the latter alone. Those hold 64 % of what a pass of
-        Stable Diffusion 1.5 keeps at 512², and 82 % for XL at 1024²; the residual blocks hold 18 % and 10 %, for 48 % and
-        21 % of the work to compute again.
+        Stable Diffusion 1.5 keeps at 512², and 82 % for XL at 1024²; the residual blocks hold 18 % and 10 %, for 48 %
+        and 21 % of the work to compute again.
 
         The decoder's parts are its residual blocks, attentions and upsamplers, one at a time: at the size of the image
         each of them holds about ten tensors for its gradient, and diffusers' own checkpoints span three of them.
