@@ -107,6 +107,17 @@ def test_ablations_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
             assert recipe.model_copy(update={"exploration": plain.exploration}) == plain
 
 
+def test_gradients_through_all_steps_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
+    for arm in ("alignprop", "alignprop-diffexp"):
+        short, whole = (runs["emoji"][f"pickscore-{name}-s0"] for name in (arm, arm.replace("prop", "prop-all-steps")))
+        assert (short.algorithm.last_steps, whole.algorithm.last_steps) == (5, None)
+        algorithm = short.algorithm.model_copy(update={"last_steps": None})
+        assert whole == short.model_copy(update={"algorithm": algorithm})
+        assert runs["sd15"][f"pickscore-{arm}-s0"].algorithm.last_steps is None, "there it is the recipe"
+    with pytest.raises(UserError, match=r"figure '9f' has no counterpart at --scale sd15: take --scale emoji"):
+        chosen("9f", "sd15")
+
+
 def test_controls_and_masking_change_one_thing(runs: dict[str, dict[str, Recipe]]) -> None:
     names = ("dolphin-ddpo", "dolphin-ddpo-diffexp", "pickscore-alignprop")
     found = {name: runs["emoji"][f"{name}-s0"] for name in names}

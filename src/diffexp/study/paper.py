@@ -45,11 +45,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curves:
-    """Reward over queries, panel by panel; with ``progress``, also images over training."""
+    """Reward over queries, panel by panel; with ``progress``, also images over training.
+
+    ``only`` is the scale whose recipes differ from the arms, where there is just one.
+    """
 
     title: str
     panels: Sequence[Panel]
     progress: bool = False
+    only: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,18 @@ FIGURES: dict[str, Figure] = {
     "9c": ablation("How low the guidance is (not in the paper)", "w_l = 1", "low-0", "low-2"),
     "9d": ablation("How much a word weighs (not in the paper)", "U(1, 1.2)", "words-1.1", "words-1.5"),
     "9e": ablation("How long training explores (not in the paper)", "for 3/4", "until-0.5", "until-1"),
+    "9f": Curves(
+        "How far back the gradient may go (not in the paper)",
+        [
+            Panel(
+                "PickScore",
+                "pickscore",
+                [Arm("alignprop", name) for name in ("all-steps", "all-steps-diffexp", "plain", "diffexp")],
+                labels={"plain": "{}, K ≤ 5", "diffexp": "{} + DiffExp, K ≤ 5"},
+            )
+        ],
+        only="emoji",
+    ),
     "10a": Curves("Hard prompts, an ensemble of rewards", [Panel("DrawBench", "drawbench", ALIGNPROP)]),
     "10b": Curves("Stable Diffusion XL", [Panel("Aesthetic", "sdxl", ALIGNPROP)]),
     "11": Grid(
@@ -234,7 +250,7 @@ FIGURES: dict[str, Figure] = {
         "Late steps left out, 50 steps (not in the paper)", "50", "50-diffexp", "50-masked", "50-masked-diffexp"
     ),
 }
-OURS = ("9c", "9d", "9e", "masked", "masked-50")
+OURS = ("9c", "9d", "9e", "9f", "masked", "masked-50")
 """Figures that are not the paper's, and no part of "all", which has tuning and controls besides the paper's."""
 
 
@@ -272,6 +288,8 @@ def chosen(name: str, scale: str) -> dict[str, Figure]:
 def has(scale: Scale, figure: Figure) -> bool:
     """Whether the scale has the figure's tasks and algorithms, and for tuning, something to try."""
     if isinstance(figure, Tuning) and not scale.candidates:
+        return False
+    if isinstance(figure, Curves) and figure.only not in (None, scale.name):
         return False
     if isinstance(figure, Strategies):
         return figure.task in scale.tasks and figure.algorithm in scale.recipes

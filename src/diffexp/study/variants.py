@@ -31,6 +31,10 @@ VARIANTS = {
     "words-1.5": Variant("DiffExp, U(1, 1.5)", {"exploration.words.high": 1.5}),
     "until-0.5": Variant("DiffExp, for 1/2", {"exploration.until": 0.5}),
     "until-1": Variant("DiffExp, to the end", {"exploration.until": 1.0}),
+    # As the paper's baseline; the emoji recipes' gradients go through the last 5 steps at most, and never through the
+    # first, whose guidance is low.
+    "all-steps": Variant("{}, K ≤ all steps", {"algorithm.last_steps": None}, plain=True),
+    "all-steps-diffexp": Variant("{} + DiffExp, K ≤ all steps", {"algorithm.last_steps": None}),
     # Controls. The mean of DiffExp's w(t) where a tenth of the steps has w_l = 1, and w_h is 5 or 7.5.
     "mean-4.6": Variant(
         "{} at w = 4.6", {"exploration.words": None, "exploration.guidance": {"low": 4.6, "fraction": 1.0}}
