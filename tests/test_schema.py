@@ -130,7 +130,11 @@ def test_recipes_named_by_memory_class_fit_into_it() -> None:
         (completion.settings, "exploration.w", [f"exploration.words.{part}=" for part in ("low", "high", "unit")]),
         (completion.settings, "reward=emoji-j", ["reward=emoji-judge"]),
         (completion.settings, "model.precision=b", ["model.precision=bf16"]),
-        (completion.settings, "update.checkpoint=", ['update.checkpoint=["unet"]', 'update.checkpoint=["decoder"]']),
+        (
+            completion.settings,
+            "update.checkpoint=",
+            [f'update.checkpoint=["{part}"]' for part in ("unet", "attention", "decoder")],
+        ),
         (completion.settings, "nonsense=", []),
     ],
 )

@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -189,14 +190,15 @@ class TextToImage(ABC):
     @contextmanager
     def base(self) -> Iterator[None]:
         """A context in which the adapters are off: the model as it was before fine-tuning."""
-        adapted: list[Any] = [network for network in self.networks().values() if getattr(network, "peft_config", None)]
-        for network in adapted:
-            network.disable_adapters()
+        layers = [layer for network in self.networks().values() for layer in network.modules()]
+        adapted = [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
+        for layer in adapted:
+            layer.enable_adapters(False)
         try:
             yield
         finally:
-            for network in adapted:
-                network.enable_adapters()
+            for layer in adapted:
+                layer.enable_adapters(True)
 
     def networks(self) -> dict[str, nn.Module]:
         """What can be fine-tuned, by folder names: the denoising network, then the text encoders."""

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from diffexp.errors import UserError
 from diffexp.models.base import TextToImage
-from diffexp.models.fast import quicken_adapter
+from diffexp.models.fast import ADAPTER, quicken_adapter
 from diffexp.randomness import generator
 from diffexp.settings import ATTENTION, RANK
 
@@ -88,9 +88,10 @@ def initial(shape: Sequence[int], init: Initialisation, noise: torch.Generator) 
 
 def attach(model: TextToImage, folder: str, config: LoraConfig) -> None:
     """Puts an adapter into a network, without touching the global random generator that peft initialises it from."""
-    network: Any = model.networks()[folder]
+    network = model.networks()[folder]
     with torch.random.fork_rng(devices=[]):
-        network.add_adapter(config)
+        # by peft itself: the encoders' own add_adapter refuses versions of peft that do all that is asked for here
+        inject_adapter_in_model(config, network, ADAPTER)
     quicken_adapter(network)
     for parameter in network.parameters():
         if parameter.requires_grad:
