@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import diffusers.loaders.peft
 import pytest
 import torch
+import transformers.integrations.peft
 from brightness import brightness
 from conftest import caught_gradient, disturb
 from safetensors.torch import load_file
@@ -52,6 +55,16 @@ def test_every_encoder_has_an_adapter_and_gets_a_gradient(learner: Sampler) -> N
         assert sum(g is not None and bool(g.any()) for g in gradient) >= len(named) / 2
     with torch.no_grad():
         assert not model.encode(["a cat"]).hidden.requires_grad
+
+
+@pytest.mark.parametrize("library", [transformers.integrations.peft, diffusers.loaders.peft])
+def test_adapters_ask_for_no_version_of_peft_that_they_do_not_need(
+    model: TextToImage, library: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "MIN_PEFT_VERSION", "999")
+    lora.add(model, rank=2, text_targets=lora.TEXT_ATTENTION)
+    with model.base():
+        model.encode(["a cat"])
 
 
 def test_the_untouched_model_has_untouched_encoders(learner: Sampler, request: pytest.FixtureRequest) -> None:
