@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from diffexp import Recipe, cli
+from diffexp.models.base import device_of
 from diffexp.training import Training
 
 CPU = torch.device("cpu")
@@ -116,8 +117,11 @@ class Backend(_DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-def train(recipe: Mapping[str, Any], out: str) -> dict[str, int]:
-    """A run on the device; returns the traffic of its last iteration, without evaluation and files."""
+def train(recipe: Mapping[str, Any], out: str) -> dict[str, Any]:
+    """A run on the device; returns the traffic of its last iteration, without evaluation and files.
+
+    Besides, where its text encoders are then, and what they embed.
+    """
     seen: list[dict[str, int]] = []
 
     class Watched(Training):
@@ -126,8 +130,11 @@ def train(recipe: Mapping[str, Any], out: str) -> dict[str, int]:
             super().step()
             seen.append(dict(TRAFFIC))
 
-    Watched(Recipe.parse(recipe, "test"), Path(out)).run()
-    return seen[-1]
+    training = Watched(Recipe.parse(recipe, "test"), Path(out))
+    training.run()
+    model = training.model
+    encoders = {device_of(encoder).type for encoder in model.text_encoders().values()}
+    return seen[-1] | {"encoders": sorted(encoders), "embedded": model.encode(["a cat"]).hidden.device.type}
 
 
 def command(*arguments: str) -> str:

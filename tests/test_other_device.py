@@ -89,6 +89,12 @@ def test_nothing_of_sdxl_is_left_behind(done: dict[str, Any]) -> None:
     assert result(done["xl"])["up"] > 0
 
 
+@pytest.mark.parametrize(("run", "there"), [("ddpo", "cpu"), ("alignprop", "cpu"), ("xl", "other")])
+def test_text_encoders_are_on_the_device_only_where_they_learn(run: str, there: str, done: dict[str, Any]) -> None:
+    found = result(done[run])
+    assert (found["encoders"], found["embedded"]) == ([there], "other")
+
+
 @pytest.mark.parametrize("what", ["sample", "evaluate", "explore", "bench"])
 def test_every_command_that_computes(what: str, done: dict[str, Any]) -> None:
     assert result(done[what])

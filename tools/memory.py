@@ -126,7 +126,8 @@ def phases(recipe: Recipe) -> Mapping[str, float]:
     rewards = sum(4 * PARAMETERS[name] for name in names)
     modules = [model.unet, model.vae, *towers]
     adapter = sum(p.numel() for _, p in model.trainable())
-    always = size(model.unet, model.vae, *model.text_encoders().values()) + rewards + 3 * 4 * adapter
+    encoders = model.text_encoders().values() if model.learns_text else ()  # else they are parked
+    always = size(model.unet, model.vae, *encoders) + rewards + 3 * 4 * adapter
     algorithm, rollout, update = recipe.algorithm, recipe.rollout.batch, recipe.update.batch
 
     def score(images: Tensor) -> Tensor:

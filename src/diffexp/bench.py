@@ -75,6 +75,7 @@ class Meter:
         self.recipe, self.architecture = recipe, architecture
         self.model = opened(recipe, architecture)
         assembly.make_trainable(recipe, self.model)
+        self.model.park_text_encoders()
         self.plain = assembly.sampler(recipe, self.model)
         names = dict.fromkeys((recipe.reward, *recipe.evaluated_rewards))
         self.rewards = {name: stand_in(name, self.model.device) for name in names}

@@ -75,6 +75,7 @@ class Training:
             self.evaluate = self.evaluate._replace(kl_images=KL_IMAGES)
         self.stopping = EarlyStopping(settings.held_out, settings.patience)
         assembly.make_trainable(recipe, self.model)
+        self.model.park_text_encoders()
         self.learner = assembly.learner(recipe, self.model, self.ranks)
         if isinstance(self.reward, Ensemble):
             self.learner.journals.append(self.reward.observed)

@@ -67,7 +67,7 @@ class TextToImage(ABC):
     # diffusers' own answers look through all layers, for hooks that there are none of here: 2.5 ms, five times a pass
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return device_of(self.unet)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,16 +76,25 @@ class TextToImage(ABC):
     def encode(self, prompts: Sequence[str]) -> TextEmbedding:
         """The embedding of the prompts, and of the empty text; with gradients to encoders that learn."""
         with torch.set_grad_enabled(self.learns_text and torch.is_grad_enabled()):
-            return concatenate([self.embed(part) for part in in_parts(prompts)])
+            return concatenate([self.embed(part).to(self.device) for part in in_parts(prompts)])
 
     @torch.no_grad()
     def encode_set(self, prompts: Sequence[str]) -> TextEmbedding:
         """The embedding of a prompt set, on the CPU: of thousands of prompts it takes gigabytes."""
         return concatenate([self.embed(part).to(torch.device("cpu")) for part in in_parts(prompts)])
 
+    def park_text_encoders(self) -> None:
+        """Moves the text encoders into the computer's memory: a run has embedded all its prompts before it begins.
+
+        In bf16 they take 0.2 GiB of a GPU for Stable Diffusion 1.5, and 1.5 for XL. ``encode`` goes on working, on the
+        CPU. Encoders that learn stay.
+        """
+        for encoder in () if self.learns_text else self.text_encoders().values():
+            encoder.to("cpu")
+
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:
-        """What ``encode`` returns, of at most ``EMBEDDED`` prompts."""
+        """What ``encode`` returns, of at most ``EMBEDDED`` prompts, wherever the text encoders are."""
 
     @abstractmethod
     def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
@@ -234,6 +243,11 @@ class TextToImage(ABC):
 def in_parts(prompts: Sequence[str]) -> Iterator[Sequence[str]]:
     """Prompts, at most ``EMBEDDED`` at a time; of none, one part without any."""
     return (prompts[start : start + EMBEDDED] for start in range(0, max(1, len(prompts)), EMBEDDED))
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's weights are."""
+    return next(network.parameters()).device
 
 
 def key_of(parameter: str) -> str:

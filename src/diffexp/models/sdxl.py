@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffexp.devices import numbers
-from diffexp.models.base import Source, TextToImage
+from diffexp.models.base import Source, TextToImage, device_of
 from diffexp.models.tokens import spell, tokenize
 from diffexp.text import TextEmbedding, Words
 
@@ -45,7 +45,7 @@ class StableDiffusionXL(TextToImage):
         texts, states = ["", *prompts], []
         (first, words), (second, _) = (tokenize(tokenizer, texts) for tokenizer in self.tokenizers)
         for ids, encoder in zip((first, second), self.encoders, strict=True):
-            encoded = encoder(torch.tensor(ids, device=self.device), output_hidden_states=True)
+            encoded = encoder(torch.tensor(ids, device=device_of(encoder)), output_hidden_states=True)
             states.append(encoded.hidden_states[-2].float())
         hidden, pooled = torch.cat(states, dim=-1), encoded.text_embeds.float()
         uncond, uncond_pooled = hidden[0], pooled[0]

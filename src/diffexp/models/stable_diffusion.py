@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffexp.devices import numbers
-from diffexp.models.base import Source, TextToImage
+from diffexp.models.base import Source, TextToImage, device_of
 from diffexp.models.tokens import spell, tokenize
 from diffexp.text import TextEmbedding, Words
 
@@ -37,7 +37,8 @@ class StableDiffusion(TextToImage):
 
     def embed(self, prompts: Sequence[str]) -> TextEmbedding:
         ids, words = tokenize(self.tokenizer, ["", *prompts])
-        hidden = self.text_encoder(torch.tensor(ids, device=self.device)).last_hidden_state.float()
+        ids = torch.tensor(ids, device=device_of(self.text_encoder))
+        hidden = self.text_encoder(ids).last_hidden_state.float()
         return TextEmbedding(hidden[1:], words[1:], null_hidden=hidden[0], uncond_hidden=hidden[0])
 
     def spell(self, prompts: Sequence[str], units: Sequence[Words]) -> list[list[str]]:
