@@ -135,7 +135,7 @@ def test_a_study_cut_short_says_so(tmp_path: Path) -> None:
     slim.write_text(slim.read_text().replace('precision = "bf16"', 'precision = "fp32"'))
     archive.pack(sorted(folder.iterdir()), store / archive.FILE)
     text = redraw(store)
-    assert "\nFrozen weights were in bf16 in 6 runs, fp32 in 1: `drawbench-alignprop-s1`.\n" in text
+    assert "\nFrozen weights were in bf16 in 6 runs, fp32 in 1: 1 of `drawbench-alignprop`.\n" in text
     assert f"**So far 7 of the {len(jobs(chosen('all', 'emoji'), EMOJI))} runs are finished.**" in text
     assert re.search(r"\| 10a \|.*, so far\) \|", text)
     assert "### Figure 10b" not in text, "a baseline alone is compared to nothing"

@@ -48,13 +48,16 @@ def write(figures: Mapping[str, Figure], drawing: Drawing, store: Path) -> Path:
 
 
 def precisions(runs: Iterable[Path]) -> str:
-    """Which runs had their frozen weights in the rarer precision; empty where all had the same."""
-    groups = defaultdict[str, list[str]](list)
+    """Which runs had their frozen weights in the rarer precision, and of how many seeds; empty if all had the same."""
+    groups = defaultdict[str, Counter[str]](Counter)
     for run in runs:
-        groups[read_config(run)["model"]["precision"]].append(run.name)
-    most, *others = sorted(groups, key=lambda name: -len(groups[name])) or [""]
-    told = [f"{other} in {len(groups[other])}: {', '.join(f'`{run}`' for run in groups[other])}" for other in others]
-    return f"Frozen weights were in {most} in {len(groups[most])} runs, {'; '.join(told)}." if told else ""
+        groups[read_config(run)["model"]["precision"]][run.name.rpartition("-s")[0]] += 1
+    most, *others = sorted(groups, key=lambda name: -groups[name].total()) or [""]
+    told = [
+        f"{other} in {groups[other].total()}: {', '.join(f'{n} of `{run}`' for run, n in groups[other].items())}"
+        for other in others
+    ]
+    return f"Frozen weights were in {most} in {groups[most].total()} runs, {'; '.join(told)}." if told else ""
 
 
 def runs_of(name: str, drawing: Drawing) -> set[str]:
