@@ -140,6 +140,14 @@ def ablation(title: str, setting: str, *variants: str) -> Curves:
     return Curves(title, [Panel("PickScore", "pickscore", arms("alignprop", "diffexp", *variants), labels=labels)])
 
 
+def truncation(title: str) -> Curves:
+    """AlignProp's gradient through up to all steps, as in Stable Diffusion's recipes, and through 5, as in emoji's."""
+    tried = [Arm("alignprop", name) for name in ("all-steps", "all-steps-diffexp", "plain", "diffexp")]
+    labels = {"plain": "{}, K ≤ 5", "diffexp": "{} + DiffExp, K ≤ 5"}
+    panels = [Panel("PickScore", "pickscore", tried, unseen, labels=labels) for unseen in (False, True)]
+    return Curves(title, panels, only="emoji")
+
+
 def masking(title: str, baseline: str, *variants: str) -> Curves:
     """DDPO with and without the late steps in its loss, with and without DiffExp."""
     return Curves(title, [Panel(DOLPHIN, "dolphin", [Arm("ddpo", name) for name in (baseline, *variants)])])
@@ -188,18 +196,7 @@ FIGURES: dict[str, Figure] = {
     "9c": ablation("How low the guidance is (not in the paper)", "w_l = 1", "low-0", "low-2"),
     "9d": ablation("How much a word weighs (not in the paper)", "U(1, 1.2)", "words-1.1", "words-1.5"),
     "9e": ablation("How long training explores (not in the paper)", "for 3/4", "until-0.5", "until-1"),
-    "9f": Curves(
-        "How far back the gradient may go (not in the paper)",
-        [
-            Panel(
-                "PickScore",
-                "pickscore",
-                [Arm("alignprop", name) for name in ("all-steps", "all-steps-diffexp", "plain", "diffexp")],
-                labels={"plain": "{}, K ≤ 5", "diffexp": "{} + DiffExp, K ≤ 5"},
-            )
-        ],
-        only="emoji",
-    ),
+    "9f": truncation("How far back the gradient may go (not in the paper)"),
     "10a": Curves("Hard prompts, an ensemble of rewards", [Panel("DrawBench", "drawbench", ALIGNPROP)]),
     "10b": Curves("Stable Diffusion XL", [Panel("Aesthetic", "sdxl", ALIGNPROP)]),
     "11": Grid(
