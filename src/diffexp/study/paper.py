@@ -148,9 +148,9 @@ def truncation(title: str) -> Curves:
     return Curves(title, panels, only="emoji")
 
 
-def masking(title: str, baseline: str, *variants: str) -> Curves:
+def masking(title: str, baseline: str, *variants: str, panel: str = DOLPHIN, task: str = "dolphin") -> Curves:
     """DDPO with and without the late steps in its loss, with and without DiffExp."""
-    return Curves(title, [Panel(DOLPHIN, "dolphin", [Arm("ddpo", name) for name in (baseline, *variants)])])
+    return Curves(title, [Panel(panel, task, [Arm("ddpo", name) for name in (baseline, *variants)])])
 
 
 # Those with the most seeds first: what a study that is cut short has is then worth most.
@@ -246,8 +246,25 @@ FIGURES: dict[str, Figure] = {
     "masked-50": masking(
         "Late steps left out, 50 steps (not in the paper)", "50", "50-diffexp", "50-masked", "50-masked-diffexp"
     ),
+    "masked-135": masking(
+        "Late steps left out, 135 prompts (not in the paper)",
+        "plain",
+        "diffexp",
+        "masked",
+        "masked-diffexp",
+        panel="PickScore",
+        task="pickscore",
+    ),
+    "sigma": masking(
+        "Late steps left out, the others weighted by σ_t (not in the paper)",
+        "plain",
+        "masked",
+        "masked-diffexp",
+        "sigma",
+        "sigma-diffexp",
+    ),
 }
-OURS = ("9c", "9d", "9e", "9f", "masked", "masked-50")
+OURS = ("9c", "9d", "9e", "9f", "masked", "masked-50", "masked-135", "sigma")
 """Figures that are not the paper's, and no part of "all", which has tuning and controls besides the paper's."""
 
 

@@ -52,6 +52,8 @@ VARIANTS = {
     # Steps that the loss leaves out (docs/concepts.md), at 20 steps and at the paper's 50.
     "masked": Variant("{} without t ≤ 100", {"algorithm.timestep_weights": "masked"}, plain=True),
     "masked-diffexp": Variant("{} + DiffExp without t ≤ 100", {"algorithm.timestep_weights": "masked"}),
+    "sigma": Variant("{}, weights σ_t", {"algorithm.timestep_weights": "sigma"}, plain=True),
+    "sigma-diffexp": Variant("{} + DiffExp, weights σ_t", {"algorithm.timestep_weights": "sigma"}),
     "50": Variant("{}, 50 steps", {"sampler.steps": 50}, plain=True),
     "50-diffexp": Variant("{} + DiffExp, 50 steps", {"sampler.steps": 50}),
     "50-masked": Variant(
