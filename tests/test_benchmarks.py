@@ -42,14 +42,26 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])
-def test_the_bare_calls_are_those_of_an_iteration(overhead: ModuleType, algorithm: str) -> None:
-    """As many images in as many calls of the network, with and without a graph."""
-    case, calls = overhead.Case(algorithm, 4, 3, "fp32"), []
-    case.model.unet.register_forward_pre_hook(lambda _, inputs: calls.append((len(inputs[0]), torch.is_grad_enabled())))
+@pytest.mark.parametrize(("arch", "precision"), [("emoji", "fp32"), ("emoji", "bf16"), ("xl", "bf16")])
+def test_the_bare_calls_are_those_of_an_iteration(
+    overhead: ModuleType, request: pytest.FixtureRequest, arch: str, precision: str, algorithm: str
+) -> None:
+    """As many images in as many calls of the network, with and without a graph, and the same further conditions."""
+    folder = str(request.getfixturevalue("xl_folder")) if arch == "xl" else arch
+    changes = {"samples": 4, "sampler.steps": 3, "reward": "emoji-alignment", "device": "cpu"}
+    changes |= {"model.precision": precision, "update.batch": 3}
+    case, calls = overhead.Case(algorithm, folder, changes), []
+
+    def record(_: object, inputs: tuple[torch.Tensor, ...], named: dict[str, object]) -> None:
+        added = named.get("added_cond_kwargs") or {}
+        conditions = {key: (value.dtype, tuple(value.shape)) for key, value in added.items()}
+        calls.append((len(inputs[0]), torch.is_grad_enabled(), tuple(added.get("time_ids", [()])[0]), str(conditions)))
+
+    case.model.unet.register_forward_pre_hook(record, with_kwargs=True)
     case.iteration()
     seen = sorted(calls)
     calls.clear()
-    case.bare()
+    assert case.operations() > 0
     assert sorted(calls) == seen
     assert seen
 
