@@ -148,9 +148,10 @@ def truncation(title: str) -> Curves:
     return Curves(title, panels, only="emoji")
 
 
-def masking(title: str, baseline: str, *variants: str, panel: str = DOLPHIN, task: str = "dolphin") -> Curves:
-    """DDPO with and without the late steps in its loss, with and without DiffExp."""
-    return Curves(title, [Panel(panel, task, [Arm("ddpo", name) for name in (baseline, *variants)])])
+def masking(title: str, *variants: str, prompts: str = DOLPHIN, task: str = "dolphin") -> Curves:
+    """DDPO without the late steps in its loss against DDPO, then the last two arms, with and without DiffExp, alone."""
+    tried = [Arm("ddpo", name) for name in variants]
+    return Curves(title, [Panel(prompts, task, tried), Panel(f"{prompts}, exploration alone", task, tried[-2:])])
 
 
 # Those with the most seeds first: what a study that is cut short has is then worth most.
@@ -252,7 +253,7 @@ FIGURES: dict[str, Figure] = {
         "diffexp",
         "masked",
         "masked-diffexp",
-        panel="PickScore",
+        prompts="PickScore",
         task="pickscore",
     ),
     "sigma": masking(
