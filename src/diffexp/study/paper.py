@@ -151,7 +151,7 @@ def truncation(title: str) -> Curves:
 def masking(title: str, *variants: str, prompts: str = DOLPHIN, task: str = "dolphin") -> Curves:
     """DDPO without the late steps in its loss against DDPO, then the last two arms, with and without DiffExp, alone."""
     tried = [Arm("ddpo", name) for name in variants]
-    return Curves(title, [Panel(prompts, task, tried), Panel(f"{prompts}, exploration alone", task, tried[-2:])])
+    return Curves(title, [Panel(prompts, task, tried), Panel("Exploration alone", task, tried[-2:])])
 
 
 # Those with the most seeds first: what a study that is cut short has is then worth most.
