@@ -139,7 +139,7 @@ SCALES = {
                 "lr-1e-2": {"optimizer.learning_rate": 1e-2},
             },
         },
-        seeds=dict.fromkeys(("4", "6", "7", "masked", "masked-50", "masked-135"), 5),
+        seeds=dict.fromkeys(("4", "6", "7", "masked", "masked-50", "masked-135", "sigma"), 5),
     ),
     "sd15": Scale(
         "sd15",
