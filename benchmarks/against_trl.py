@@ -189,6 +189,18 @@ def compare(algorithm: str, precision: str, chosen: argparse.Namespace) -> float
     return ratio
 
 
+def smallest_ratio(chosen: argparse.Namespace) -> float:
+    """Of all algorithms and precisions, on a model that both sides read from one folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.arch != "emoji":
+            # by TRL's libraries: the newer ones read what the older ones write
+            chosen.model, size = folder, ["--size", str(chosen.size)] if chosen.size else []
+            subprocess.run([chosen.trl, __file__, "--side", "build", "--model", folder, *size], check=True)
+        return min(
+            compare(algorithm, precision, chosen) for precision in chosen.precision for algorithm in chosen.algorithms
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", default="/tmp/trl/bin/python", help="the Python that has TRL")  # noqa: S108
@@ -207,19 +219,11 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.batch = chosen.batch or chosen.samples
     if chosen.side == "build":
-        return build(Path(chosen.model), chosen.size)
-    if chosen.side:
-        return work(chosen.side, chosen)
-    with tempfile.TemporaryDirectory() as folder:
-        if chosen.arch != "emoji":
-            # by TRL's libraries: the newer ones read what the older ones write
-            chosen.model, size = folder, ["--size", str(chosen.size)] if chosen.size else []
-            subprocess.run([chosen.trl, __file__, "--side", "build", "--model", folder, *size], check=True)
-        ratios = [
-            compare(algorithm, precision, chosen) for precision in chosen.precision for algorithm in chosen.algorithms
-        ]
-    print(f"{min(ratios):.2f}")
-    return None
+        build(Path(chosen.model), chosen.size)
+    elif chosen.side:
+        work(chosen.side, chosen)
+    else:
+        print(f"{smallest_ratio(chosen):.2f}")
 
 
 if __name__ == "__main__":
